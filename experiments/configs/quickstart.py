@@ -1,0 +1,49 @@
+"""SmolLM2-135M-Instruct learns to reverse lists of words, on two CPU cores.
+
+    python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart
+"""
+
+import dataclasses
+
+from metatuner_jax import config
+
+# Written by hand; `python -m experiments.choose_prompt --config experiments/configs/quickstart.py` scores them on validation rows.
+PROMPTS = (
+    "Reverse the order of the words in the list. Answer with only the reversed list, and no other words.",
+    "You are given a list of words. Write the same words again, starting with the last one and ending with the first.",
+    "Read the list from right to left and write each word, with a comma and a space between. Do not explain.",
+    "Write the words of the list in the opposite order. For example, one, two, three becomes three, two, one.",
+    "You are a careful assistant who turns lists around: the last word comes first and the first word comes last.",
+    "Solve the problem. Give only the final answer, with no explanation and no other words around it.",
+)
+
+
+def get_config():
+    """Returns the config tree."""
+    base = config.Config()
+
+    def change(section, **values):
+        return dataclasses.replace(getattr(base, section), **values)
+
+    return config.to_tree(
+        dataclasses.replace(
+            base,
+            dtype="float32",  # on most CPUs quicker than bfloat16
+            task=change(
+                "task",
+                name="reasoning_gym:word_sequence_reversal",
+                num_train=512,
+                num_validation=64,
+                num_test=200,
+                initial_prompt=PROMPTS[0],
+                options={"min_words": 3, "max_words": 5},
+            ),
+            generator=change("generator", max_prompt_tokens=26),
+            actor=change("actor", max_answer_tokens=24),
+            train=change(
+                "train", num_steps=60, batch_size=8, learning_rate=5e-4, checkpoint_every=30, prompt_gradient="straight_through"
+            ),
+            rollout=change("rollout", every=30, num_queries=32, num_prompts=4),
+            eval=change("eval", batch_size=32, num_mean=256),
+        )
+    )

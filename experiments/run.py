@@ -1,0 +1,422 @@
+"""The command line: one run of one config, from data to results.
+
+    python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart --config.train.num_steps=20
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import time
+
+from metatuner_jax import config as config_lib
+from metatuner_jax import tasks
+
+USAGE = """usage: python -m experiments.run --config FILE [--workdir FOLDER] [--config.SECTION.NAME=VALUE ...]
+
+Trains what the config says and shows on unseen queries how much better the model answers. A second run with the same
+workdir resumes; a finished one says so and changes nothing.
+
+  --config FILE     a Python file with get_config(), such as experiments/configs/quickstart.py
+  --workdir FOLDER  where everything goes (default: runs/<name of the config file>)
+  --help            this text
+
+Settings and their defaults (`none` clears an optional one):
+"""
+
+
+class Mistake(Exception):
+    """What the user can mend: one line for standard error, exit code 2."""
+
+
+def main(argv=None) -> int:
+    """Returns the exit code: 0 done, 1 failed, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(USAGE + "\n".join(f"  --config.{key}={_text(value)}\n      {help}" for key, value, help in config_lib.leaves()))
+        return 0
+    try:
+        path, workdir, assignments = parse(argv)
+        prepared = prepare(load_config(path, assignments), workdir)
+    except (Mistake, ValueError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if prepared is None:
+        return 0
+    try:
+        train_and_evaluate(*prepared)
+    except Mistake as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# --- the command line ---
+
+
+def parse(argv):
+    """Returns (config path, workdir, [(dotted key, text)]).
+
+    Raises:
+      Mistake: an argument is unknown, or --config is missing.
+    """
+    path = workdir = None
+    assignments = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        known = name in ("--config", "--workdir") or name.startswith("--config.")
+        if not known:
+            near = difflib.get_close_matches(name, ["--config", "--workdir", "--help"], n=1)
+            raise Mistake(f"argument {word!r} is unknown{f'; did you mean {near[0]}?' if near else ''}; see --help")
+        if not equals:
+            if not words:
+                raise Mistake(f"argument {name} needs a value: {name}=VALUE")
+            value = words.pop(0)
+        if name == "--config":
+            path = pathlib.Path(value)
+        elif name == "--workdir":
+            workdir = pathlib.Path(value)
+        else:
+            assignments.append((name.removeprefix("--config."), value))
+    if path is None:
+        raise Mistake("--config is missing: name a file such as experiments/configs/quickstart.py")
+    return path, workdir or pathlib.Path("runs") / path.stem, assignments
+
+
+def load_config(path, assignments) -> config_lib.Config:
+    """Returns the checked config of a file with the command line's settings."""
+    if not path.is_file():
+        raise Mistake(f"--config={path} is no file: name a Python file with get_config(), such as experiments/configs/quickstart.py")
+    spec = importlib.util.spec_from_file_location("run_config", path)
+    if spec is None:
+        raise Mistake(f"--config={path} is no Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        tree = module.get_config()
+    except Exception as error:  # the file is the user's own code
+        raise Mistake(f"--config={path} could not be read: {type(error).__name__}: {error}") from None
+    if isinstance(tree, config_lib.Config):
+        tree = config_lib.to_tree(tree)
+    config_lib.override(tree, assignments)
+    config = config_lib.from_tree(tree)
+    config_lib.check(config)
+    return config
+
+
+def _text(value):
+    return ",".join(value) if isinstance(value, tuple) else "none" if value is None else value
+
+
+# --- all that can go wrong before anything slow ---
+
+
+def prepare(config, workdir):
+    """Returns what `train_and_evaluate` takes, or None where the run is finished. Writes nothing and loads no weights."""
+    saved = read_json(workdir / "config.json")
+    if saved is not None:
+        differing = differences(saved["config"], json.loads(json.dumps(dataclasses.asdict(config))))
+        if differing:
+            raise Mistake(f"--workdir={workdir} holds another run: {'; '.join(differing[:4])}; give another --workdir")
+        if (workdir / "results.json").exists():
+            print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
+            print(table(read_json(workdir / "results.json"), _first_predictions(workdir)))
+            return None
+    elif workdir.exists() and not workdir.is_dir():
+        raise Mistake(f"--workdir={workdir} is a file: name a folder")
+    elif (workdir / "checkpoints").exists():
+        raise Mistake(f"--workdir={workdir} holds checkpoints and no config.json: another run's; give another --workdir")
+    tasks.check(config.task)
+
+    from metatuner_jax import data, pretrained
+
+    generator, actor = pretrained.load_config(config.generator.model), pretrained.load_config(config.actor.model)
+    config_lib.check_model(config, generator, actor)
+    tokenizer = pretrained.load_tokenizer(config.actor.model)
+    if config.generator.model != config.actor.model:
+        difference = pretrained.same_tokenizer(pretrained.load_tokenizer(config.generator.model), tokenizer)
+        if difference:
+            raise Mistake(
+                f"generator.model={config.generator.model!r} and actor.model={config.actor.model!r} have different tokenizers "
+                f"({difference}): written prompts are spliced as token ids, so take two models of one family"
+            )
+    task = tasks.load(config.task, config.seed)
+    initial_prompt = config.task.initial_prompt or task.initial_prompt
+    vocab_size = min(generator.vocab_size, actor.vocab_size)
+    tokens = data.Tokens(tokenizer, vocab_size, config.generator.instruction)
+    initial = [*tokens.plain(initial_prompt), tokens.end_id]
+    if len(initial) > config.generator.max_prompt_tokens:
+        raise Mistake(
+            f"generator.max_prompt_tokens={config.generator.max_prompt_tokens} is less than the initial prompt needs "
+            f"({len(initial)} tokens with the end token): raise it, or shorten task.initial_prompt"
+        )
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    rows, lengths, too_long = data.make_rows(tokens, config, initial_prompt, splits)
+    check_lengths(config, generator, actor, lengths, len(data.make_template(tokenizer).prefix))
+
+    import jax
+
+    from metatuner_jax import sharding
+
+    mesh = sharding.make_mesh(config.mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
+        if size % ways:
+            raise Mistake(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")
+    del jax
+    return config, workdir, (generator, actor), task, tokens, initial, rows, lengths, too_long, mesh
+
+
+def check_lengths(config, generator, actor, lengths, prefix_tokens):
+    """Raises Mistake where the longest rows do not fit the models' windows."""
+    prompt = config.generator.max_prompt_tokens
+    longest = {
+        "generator": (generator, lengths.generator + prompt),
+        "actor": (actor, prefix_tokens + prompt + lengths.query + max(lengths.answer, config.actor.max_answer_tokens)),
+    }
+    for role, (model, length) in longest.items():
+        limit = min(model.max_positions, model.sliding_window or model.max_positions)
+        name = "sliding_window" if limit == model.sliding_window else "max_position_embeddings"
+        if length > limit:
+            raise Mistake(
+                f"{role}.model has {name}={limit}, and the longest row takes {length} tokens: lower generator.max_query_tokens, "
+                "generator.max_prompt_tokens or actor.max_answer_tokens"
+            )
+
+
+def differences(old, new, path=""):
+    """Returns `key=there, here: value` for each leaf in which two resolved configs differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key, "missing"), new.get(key, "missing")
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found.append(f"{path}{key}={a} there, {b} here")
+    return found
+
+
+# --- the run ---
+
+
+def train_and_evaluate(config, workdir, models, task, tokens, initial, rows, lengths, too_long, mesh):
+    """Does the whole run in its folder."""
+    import jax
+    import numpy as np
+
+    from metatuner_jax import checkpoint, evaluate, generator, losses, rollout, sharding, train
+    from metatuner_jax.passes import Passes
+    from metatuner_jax.progress import Progress
+
+    began = time.perf_counter()
+    progress = Progress()
+    setup = generator.Setup(config, *models, tokens.end_id, tokens.template.prefix)
+    introduce(progress, setup, task, rows, lengths, too_long, mesh)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "config.json").exists():
+        devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
+        write_json(workdir / "config.json", {"config": dataclasses.asdict(config), "versions": versions(), "devices": devices})
+
+    keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
+    frozen, params = load_networks(setup, tokens, keys["init"], mesh)
+    state = sharding.place(train.init_state(config.train, params), mesh)
+    del params
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    progress.line(f"parameters: {count / 1e6:.1f} million learn, {_millions(frozen)} million are frozen")
+
+    experts = rollout.Experts(
+        workdir / "experts.jsonl", [e.id for e in rows["train"].examples], initial, config.generator.max_prompt_tokens
+    )
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+    try:
+        newest = checkpoints.latest()
+        if newest is not None:
+            try:
+                state = checkpoints.restore(newest, state)
+            except ValueError as error:
+                raise Mistake(str(error)) from None
+            progress.line(f"resuming at step {newest} of {config.train.num_steps}")
+        experts.restore(newest or 0)
+        metrics_path = workdir / "metrics.jsonl"
+        rollout.write_lines(metrics_path, [m for m in rollout.read_lines(metrics_path) if m["step"] < (newest or 0)])
+
+        def log(metrics):
+            with metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+        passes = Passes(setup, frozen, mesh, config.eval.batch_size, progress)
+        loss_fn = lambda *args: losses.joint_loss(setup, *args)
+        step = train.make_train_step(loss_fn, train.make_optimizer(config.train), config.train.sync_every)
+        state = train.fit(
+            setup, frozen, state, step, keys, rows, experts, tokens, task.score, passes, checkpoints, mesh, log
+        )  # fmt: skip
+        best = checkpoints.best()
+        if best not in (None, config.train.num_steps):
+            progress.line(f"taking the checkpoint of step {best}, the best on validation rows")
+            checkpoints.manager.wait_until_finished()
+            state = checkpoints.restore(best, state)
+    finally:
+        checkpoints.close()
+
+    before = evaluate.score_before(passes, rows["test"], tokens, task.score, initial)
+    results, predictions = evaluate.evaluate(
+        passes, state.params, rows["test"], rows["train"], tokens, task.score, initial, before
+    )
+    logged = rollout.read_lines(metrics_path)
+    results = {
+        "task": task.name, "method": config.method, "seed": config.seed, "metric": task.metric, **results,
+        "steps": config.train.num_steps, "checkpoint": int(np.asarray(state.step)),
+        "wall_s": round(time.perf_counter() - began, 1),
+        "train_s": round(sum(m["step_s"] for m in logged), 1), "rollout_s": round(sum(m.get("rollout_s", 0) for m in logged), 1),
+        "dropped": task.dropped,
+    }  # fmt: skip
+    rollout.write_lines(workdir / "predictions.jsonl", predictions)
+    write_json(workdir / "results.json", results)
+    progress.line("\n" + table(results, predictions[:3]))
+    progress.line(f"\nEverything is in {workdir}")
+
+
+def load_networks(setup, tokens, key, mesh):
+    """Returns (the frozen weights, the tree that learns), on the mesh. Weights of one checkpoint are held once."""
+    import jax.numpy as jnp
+
+    from metatuner_jax import generator, pretrained, sharding, transformer
+
+    config, k = setup.config, setup.num_shared
+
+    def load(name, dtype, cut):
+        _, params = pretrained.load(name, dtype)
+        if cut:
+            layers = params.pop("layers")
+            params["layers"] = (transformer.cut(layers, 0, k), transformer.cut(layers, k, setup.generator.num_layers))
+        return sharding.place(params, mesh)
+
+    same = config.generator.model == config.actor.model
+    if config.generator.train == "full":
+        base = load(config.generator.model, "float32", cut=True)
+        learning = generator.init(setup, base, key)
+        del base
+        actor, frozen_generator = load(config.actor.model, config.dtype, cut=False), None
+    else:
+        actor = load(config.actor.model, config.dtype, cut=same)
+        frozen_generator = actor if same else load(config.generator.model, config.dtype, cut=True)
+        learning = generator.init(setup, frozen_generator, key)
+    allowed = sharding.place({"allowed": jnp.array(tokens.allowed)}, mesh)["allowed"]
+    return generator.Frozen(frozen_generator, actor, allowed), learning
+
+
+def introduce(progress, setup, task, rows, lengths, too_long, mesh):
+    """Prints what is about to run, and what was dropped."""
+    import jax
+
+    config = setup.config
+    device = jax.devices()[0]
+    progress.line(f"{config.method} on {task.name}, seed {config.seed}")
+    progress.line(
+        f"generator: {config.generator.model}, {setup.generator.num_layers} layers of {setup.generator.width}, {setup.num_shared} shared, "
+        f"train={config.generator.train}; actor: {config.actor.model}, {setup.actor.num_layers} layers of {setup.actor.width}"
+    )
+    progress.line(f"device: {jax.device_count()} x {device.device_kind} ({jax.default_backend()}), {config.dtype}, mesh {dict(mesh.shape)}")
+    progress.line("rows: " + ", ".join(f"{len(part)} {name}" for name, part in rows.items()) + f"; longest: {_lengths(lengths)}")
+    for split, (queries, answers) in too_long.items():
+        if queries or answers:
+            done = "dropped" if config.data.too_long == "drop" else "cut"
+            progress.line(
+                f"note: {split}: {queries} queries above generator.max_query_tokens={config.generator.max_query_tokens} and {answers} answers "
+                f"above actor.max_answer_tokens={config.actor.max_answer_tokens} were {done}"
+            )
+    for what, number in task.dropped.items():
+        if number:
+            progress.line(f"note: {number} rows dropped: {what.replace('_', ' ')}")
+
+
+def _lengths(lengths):
+    return f"{lengths.generator} tokens for the generator, {lengths.query} and {lengths.answer} in query and answer"
+
+
+def _millions(frozen):
+    import jax
+
+    leaves = {id(leaf): leaf.size for leaf in jax.tree.leaves((frozen.generator, frozen.actor))}
+    return f"{sum(leaves.values()) / 1e6:.1f}"
+
+
+def table(results, predictions) -> str:
+    """Returns the closing table as text."""
+
+    def row(name, score):
+        low, high = score["ci95"]
+        return f"  {name:<28}{100 * score['mean']:6.1f}%   [{100 * low:.1f}, {100 * high:.1f}]"
+
+    n, prompts = results["after"]["n"], results["prompts"]
+    lines = [
+        f"{results['task']}, {n} unseen test queries, {results['metric']}   [95% interval]",
+        row("before", results["before"]), row("after", results["after"]),
+        row("before, flexible scoring", results["before_flexible"]), row("after, flexible scoring", results["after_flexible"]),
+        "with the query's own prompt, the adapter",
+        *(row(name, score) for name, score in results["adapter"].items()),
+        "with the query's own adapter, the prompt",
+        *(row(name, score) for name, score in results["prompt"].items()),
+        f"prompts written: {prompts['distinct']} distinct of {n}, {100 * prompts['share_initial']:.0f}% equal to the initial one, "
+        f"{prompts['mean_tokens']:.1f} tokens on average",
+        f"the mean adapter keeps {100 * results['mean_adapter_energy']:.0f}% of the mean delta's energy at its rank",
+        f"{results['steps']} steps in {results['train_s']:.0f} s, rollouts {results['rollout_s']:.0f} s, all {results['wall_s']:.0f} s",
+    ]  # fmt: skip
+    for p in predictions:
+        verdict = "right" if p["score"] == 1 else f"score {p['score']:g}, reference {_short(p['reference'])!r}"
+        lines += ["", f"query:  {_short(p['query'])!r}", f"prompt: {_short(p['prompt'])!r}", f"answer: {_short(p['answer'])!r} ({verdict})"]
+    return "\n".join(lines)
+
+
+def _short(text, width=200):
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _first_predictions(workdir):
+    from metatuner_jax import rollout
+
+    return rollout.read_lines(workdir / "predictions.jsonl")[:3]
+
+
+def versions() -> dict:
+    """Returns the versions of Python and of the packages that decide a result."""
+    import importlib.metadata
+    import platform
+
+    import metatuner_jax
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "numpy", "reasoning-gym")
+    found = {"python": platform.python_version(), "metatuner_jax": metatuner_jax.__version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def read_json(path):
+    """Returns the content of a JSON file of ours, None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (ValueError, OSError) as error:
+        raise Mistake(f"{path} cannot be read ({error}): give another --workdir") from None
+
+
+def write_json(path, content):
+    """Replaces a JSON file in one stroke."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The frozen downstream LLM: its input spliced from template, prompt and query, its answers and their likelihood."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from metatuner_jax import decode, transformer
+from metatuner_jax.generator import Frozen, Setup
+
+
+def splice(setup: Setup, prompt, prompt_mask, query, query_mask):
+    """Returns the rows `[template | prompt | query]` as (tokens, mask), both [b, t].
+
+    Prompts are spliced as ids; their end token and padding become holes. The last column is real in every row.
+    """
+    b = prompt.shape[0]
+    prefix = jnp.broadcast_to(jnp.array(setup.prefix, jnp.int32), (b, len(setup.prefix)))
+    words = prompt_mask & (prompt != setup.end_id)
+    tokens = jnp.concatenate([prefix, prompt, query], axis=1)
+    return tokens, jnp.concatenate([jnp.ones(prefix.shape, bool), words, query_mask], axis=1)
+
+
+def answer(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask) -> decode.Sampled:
+    """Returns the greedy answers.
+
+    Args:
+      loras: None, or the LoRA of each row or of all rows.
+    """
+    tokens, mask = splice(setup, prompt, prompt_mask, query, query_mask)
+    return decode.sample(
+        setup.actor, frozen.actor, tokens, mask, max_new_tokens=setup.config.actor.max_answer_tokens, end_id=setup.end_id,
+        allowed=frozen.allowed, loras=loras,
+    )  # fmt: skip
+
+
+def answer_logits(
+    setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask, answer, prompt_embedding=None
+) -> Float[Array, "b m v"]:
+    """Returns the scores, float32, of each token of the given answers: [:, i] is for answer[:, i].
+
+    Args:
+      prompt_embedding: [b, p, d] in place of the prompt tokens' own (see `generator.relaxed_prompt`).
+    """
+    c = setup.actor
+    tokens, mask = splice(setup, prompt, prompt_mask, query, query_mask)
+    start = tokens.shape[1]
+    tokens = jnp.concatenate([tokens, answer[:, :-1]], axis=1)
+    # Padding stands at the answer's end, where nothing that counts looks at it.
+    mask = jnp.concatenate([mask, jnp.ones((tokens.shape[0], answer.shape[1] - 1), bool)], axis=1)
+    transformer.check_window(c, tokens.shape[1])
+    x = transformer.embed(frozen.actor["embed"]["embedding"], tokens, setup.dtype)
+    if prompt_embedding is not None:
+        x = jax.lax.dynamic_update_slice(x, prompt_embedding.astype(x.dtype), (0, len(setup.prefix), 0))
+    context = transformer.make_context(c, transformer.positions_of(mask), transformer.causal(mask))
+    x, _ = transformer.run(c, frozen.actor["layers"], x, context, loras, remat=setup.config.train.remat)
+    return transformer.logits(c, frozen.actor, x[:, start - 1 :])
+
+
+def log_likelihood(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask, answer, answer_mask) -> Float[Array, " b"]:
+    """Returns the mean log-likelihood of each answer, in nats per token, its end token included."""
+    scores = jax.nn.log_softmax(answer_logits(setup, frozen, loras, prompt, prompt_mask, query, query_mask, answer), axis=-1)
+    token = jnp.take_along_axis(scores, answer[..., None], axis=-1)[..., 0]
+    return jnp.sum(token * answer_mask, axis=1) / jnp.maximum(jnp.sum(answer_mask, axis=1), 1)

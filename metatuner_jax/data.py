@@ -1,0 +1,225 @@
+"""Token rows: chat templates cut into pieces around the prompt, padding, and the batch of each step."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from metatuner_jax import config as config_lib
+from metatuner_jax.tasks import Example
+
+_PROMPT, _QUERY = "\x02prompt\x03", "\x02query\x03"  # stand-ins that no template and no text holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The actor's chat template, cut where the prompt goes; prompts are spliced in as token ids."""
+
+    prefix: tuple[int, ...]  # before the prompt
+    between: str  # after the prompt, up to the query
+    suffix: str  # after the query, up to the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One split as arrays. Queries are padded on the left, answers on the right."""
+
+    examples: tuple[Example, ...]
+    generator: np.ndarray  # int32 [rows, tg]: the generator's templated input
+    generator_mask: np.ndarray  # bool
+    own: np.ndarray  # bool [rows, tg]: the query's own tokens in it
+    query: np.ndarray  # int32 [rows, tq]: the actor's input after the prompt
+    query_mask: np.ndarray
+    answer: np.ndarray  # int32 [rows, ta]: the answer to learn, end token included
+    answer_mask: np.ndarray
+
+    def __len__(self):
+        return len(self.examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Columns of each part, the same for all splits, so that each pass compiles once."""
+
+    generator: int
+    query: int
+    answer: int
+
+
+class Tokens:
+    """A tokenizer with its chat template, the special ids, and the run's meta-prompt."""
+
+    def __init__(self, tokenizer, vocab_size: int, instruction: str):
+        self.tokenizer, self.instruction, self.vocab_size = tokenizer, instruction, vocab_size
+        self.template = make_template(tokenizer)
+        self.end_id = end_id(tokenizer)
+
+    @functools.cached_property
+    def allowed(self) -> np.ndarray:
+        """Which ids may be sampled, bool [vocab_size]: the tokenizer's own, of the special ones only the end token."""
+        from metatuner_jax import pretrained
+
+        allowed = np.arange(self.vocab_size) < len(self.tokenizer)
+        allowed[[i for i in pretrained.special_ids(self.tokenizer) if i < self.vocab_size]] = False
+        allowed[self.end_id] = True
+        return allowed
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a piece of text, nothing added at its ends."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def plain(self, text: str) -> list[int]:
+        """Returns the ids of a text that somebody wrote, in which the name of a special token is only text."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids, mask=None) -> str:
+        """Returns the text of the real tokens, without the end token."""
+        ids = [int(i) for i in (ids if mask is None else np.asarray(ids)[np.asarray(mask)]) if i != self.end_id]
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def generator_ids(self, initial_prompt: str, query: str) -> tuple[list[int], list[bool]]:
+        """Returns the generator's input for a query, and which of it are the query's own tokens."""
+        text = _render(self.tokenizer, f"Instruction: {initial_prompt}\nQuestion:\n{_QUERY}", self.instruction)
+        before, after = (self.encode(part) for part in text.split(_QUERY))
+        own = self.plain(query)
+        return before + own + after, [False] * len(before) + [True] * len(own) + [False] * len(after)
+
+    def query_ids(self, query: str) -> list[int]:
+        """Returns the actor's input after the prompt."""
+        return self.encode(self.template.between) + self.plain(query) + self.encode(self.template.suffix)
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Returns the answer to learn, with the end token."""
+        return [*self.plain(answer), self.end_id]
+
+
+def end_id(tokenizer) -> int:
+    """Returns the token that ends a turn: the one that the template puts after an assistant's message, or else eos."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _QUERY}, {"role": "assistant", "content": _PROMPT}], tokenize=False
+    )
+    after = tokenizer.encode(text.split(_PROMPT)[-1], add_special_tokens=False)
+    if after and after[0] in tokenizer.all_special_ids:
+        return after[0]
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token, so no answer could end: set eos_token in tokenizer_config.json")
+    return tokenizer.eos_token_id
+
+
+def make_template(tokenizer) -> Template:
+    """Returns the chat template's pieces with the prompt as system message or, where it takes none, before the user's turn."""
+    try:
+        text = _render(tokenizer, _QUERY, _PROMPT)
+    except Exception:  # a template raises what it likes where it does not know the role
+        text = ""
+    if _PROMPT not in text:
+        text = _render(tokenizer, f"{_PROMPT}\n\n{_QUERY}", None)
+    if text.count(_PROMPT) != 1 or text.count(_QUERY) != 1:
+        raise ValueError("the chat template does not show the system message and the user's message once each: it cannot be used")
+    prefix, rest = text.split(_PROMPT)
+    between, suffix = rest.split(_QUERY)
+    return Template(tuple(tokenizer.encode(prefix, add_special_tokens=False)), between, suffix)
+
+
+def _render(tokenizer, user, system):
+    messages = [{"role": "user", "content": user}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    # Templates of thinking models (Qwen3) open an empty thought when told not to think; others ignore the word.
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+# --- rows ---
+
+
+def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, splits: dict[str, tuple[Example, ...]]):
+    """Returns ({split: Rows}, Lengths, {split: (too long queries, too long answers)}).
+
+    A query is too long where the generator's templated input passes generator.max_query_tokens, an answer where it passes
+    actor.max_answer_tokens (of train rows alone: the others' answers are never fed). Such rows are dropped, or cut (the query's
+    first tokens, the answer's last), as data.too_long says.
+
+    Raises:
+      ValueError: a split has no rows left.
+    """
+    limit_query, limit_answer = config.generator.max_query_tokens, config.actor.max_answer_tokens
+    template_tokens = len(tokens.generator_ids(initial_prompt, "")[0])
+    if template_tokens >= limit_query:
+        raise ValueError(
+            f"generator.max_query_tokens={limit_query} leaves no room for a query: the template with the initial prompt takes "
+            f"{template_tokens} tokens; raise it"
+        )
+    encoded, too_long = {}, {}
+    for split, examples in splits.items():
+        kept, long_queries, long_answers = [], 0, 0
+        for example in examples:
+            ids, own = tokens.generator_ids(initial_prompt, example.query)
+            answer = tokens.answer_ids(example.answer)
+            surplus = max(len(ids) - limit_query, 0)
+            long_answer = split == "train" and len(answer) > limit_answer
+            long_queries, long_answers = long_queries + (surplus > 0), long_answers + long_answer
+            if (surplus or long_answer) and config.data.too_long == "drop":
+                continue
+            query = tokens.query_ids(example.query)
+            if surplus:
+                first = own.index(True)
+                ids, own = ids[:first] + ids[first + surplus :], own[:first] + own[first + surplus :]
+                first = len(tokens.encode(tokens.template.between))
+                query = query[:first] + query[first + surplus :]
+            kept.append((example, ids, own, query, answer[:limit_answer]))
+        if not kept:
+            raise ValueError(
+                f"no {split} row is left of {len(examples)}: {long_queries} have a query above generator.max_query_tokens="
+                f"{limit_query}, {long_answers} an answer above actor.max_answer_tokens={limit_answer}; raise them, or set data.too_long=cut"
+            )
+        encoded[split], too_long[split] = kept, (long_queries, long_answers)
+    every = [row for rows in encoded.values() for row in rows]
+    lengths = Lengths(*(max(len(row[part]) for row in every) for part in (1, 3, 4)))
+    return {split: _pad_rows(rows, lengths) for split, rows in encoded.items()}, lengths, too_long
+
+
+def _pad_rows(encoded, lengths):
+    examples, generator, own, query, answer = zip(*encoded)
+    generator, generator_mask = pad(generator, lengths.generator, "left")
+    own, _ = pad(own, lengths.generator, "left")
+    query, query_mask = pad(query, lengths.query, "left")
+    answer, answer_mask = pad(answer, lengths.answer, "right")
+    return Rows(examples, generator, generator_mask, own.astype(bool), query, query_mask, answer, answer_mask)
+
+
+def pad(rows, length: int, side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows of ids as int32 [rows, length] with zeros on one side, and the mask of what is real."""
+    ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        at = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[i, at], mask[i, at] = row, True
+    return ids, mask
+
+
+# --- the batch of a step ---
+
+
+def order_at(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
+    """Returns the rows of a step: a new shuffle every epoch, a function of the step alone; batches may span two epochs."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    rows = np.empty(batch_size, np.int64)
+    for epoch in np.unique(places // num_rows):
+        inside = places // num_rows == epoch
+        shuffle = np.random.default_rng([seed, 1, int(epoch)]).permutation(num_rows)
+        rows[inside] = shuffle[places[inside] % num_rows]
+    return rows
+
+
+def batch_at(step: int, rows: Rows, experts, batch_size: int, seed: int) -> dict[str, np.ndarray]:
+    """Returns the batch of a step, from its number and the expert set alone.
+
+    Args:
+      experts: the best prompt so far of each train row (see `rollout.Experts`).
+    """
+    index = order_at(step, len(rows), batch_size, seed)
+    expert, expert_mask = experts.tokens_of(index)
+    return {
+        "row": index.astype(np.int32), "generator": rows.generator[index], "generator_mask": rows.generator_mask[index],
+        "own": rows.own[index], "query": rows.query[index], "query_mask": rows.query_mask[index],
+        "answer": rows.answer[index], "answer_mask": rows.answer_mask[index], "expert": expert, "expert_mask": expert_mask,
+    }  # fmt: skip

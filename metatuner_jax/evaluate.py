@@ -1,0 +1,139 @@
+"""Scores on unseen queries, before and after, and the controls that show whether prompt and adapter depend on the query."""
+
+import numpy as np
+
+from metatuner_jax import lora
+
+
+def interval(scores, num_bootstrap: int, seed: int = 0) -> dict:
+    """Returns {mean, ci95, n}: the mean of per-query scores and its 95% interval by the percentile bootstrap over queries."""
+    scores = np.asarray(scores, np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(scores), (num_bootstrap, len(scores)))
+    low, high = np.percentile(scores[picks].mean(axis=1), (2.5, 97.5))
+    return {"mean": float(scores.mean()), "ci95": [float(low), float(high)], "n": len(scores)}
+
+
+def derangement(count: int, seed: int) -> np.ndarray:
+    """Returns a random permutation without fixed points: each query gets another one's."""
+    if count < 2:
+        raise ValueError(f"task.num_test={count} must be at least 2: the shuffled controls give each query another one's prompt")
+    order = np.random.default_rng([seed, 3]).permutation(count)
+    shifted = np.empty(count, np.int64)
+    shifted[order] = np.roll(order, 1)
+    return shifted
+
+
+def validate(passes, params, rows, tokens, score) -> float:
+    """Returns the mean strict score on a split with each query's own greedy prompt and own adapter."""
+    index = np.arange(len(rows))
+    h = passes.encode(params, rows, index)
+    prompts = passes.write(params, rows, index)
+    answers, mask = passes.answer(rows, index, *prompts, lambda at: passes.adapt(params["hyper"], h[at]), what="validating")
+    return float(np.mean([score(tokens.decode(a, m), e).strict for a, m, e in zip(answers, mask, rows.examples)]))
+
+
+def score_before(passes, rows, tokens, score, initial) -> list:
+    """Returns the Score of each query for the bare actor with the initial prompt. `initial`: its ids, end token included."""
+    prompt, mask = repeat(initial, len(rows), passes.setup.config.generator.max_prompt_tokens)
+    answers, answers_mask = passes.answer(rows, np.arange(len(rows)), prompt, mask, what="before")
+    return [score(tokens.decode(a, m), e) for a, m, e in zip(answers, answers_mask, rows.examples)]
+
+
+def repeat(ids, count: int, length: int):
+    """Returns one prompt for all rows as (int32 tokens, bool mask), both [count, length]."""
+    tokens, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
+    tokens[:, : len(ids)], mask[:, : len(ids)] = ids, True
+    return tokens, mask
+
+
+def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -> tuple[dict, list[dict]]:
+    """Returns (results, predictions) on a split: the parts of results.json that are scores, and one object a query.
+
+    Source: the four adapters and three prompts are this project's controls; the paper has none.
+
+    Args:
+      train_rows: the split whose first `eval.num_mean` queries make the mean adapter.
+      initial: ids of the initial prompt, end token included.
+      before: what `score_before` gave for the same rows.
+
+    Raises:
+      RuntimeError: the adapter or the prompt has no effect on the actor.
+    """
+    config = passes.setup.config
+    index = np.arange(len(rows))
+    other = derangement(len(rows), config.seed)
+    h = passes.encode(params, rows, index)
+    prompt, prompt_mask = passes.write(params, rows, index)
+    start, start_mask = repeat(initial, len(rows), prompt.shape[1])
+
+    def adapter_of(states):
+        return lambda at: passes.adapt(params["hyper"], states[at])
+
+    check_in_use(passes, rows, prompt, prompt_mask, adapter_of(h))
+    train_h = passes.encode(params, train_rows, np.arange(min(config.eval.num_mean, len(train_rows))))
+    size = passes.batch_size
+    batches = [passes.adapt(params["hyper"], train_h[at : at + size]) for at in range(0, len(train_h), size)]
+    mean_lora, energy = lora.mean(batches, config.hyper.rank)
+
+    def run(what, adapter, prompts):
+        answers, mask = passes.answer(rows, index, *prompts, adapter, what=what)
+        texts = [tokens.decode(a, m) for a, m in zip(answers, mask)]
+        return texts, [score(text, example) for text, example in zip(texts, rows.examples)]
+
+    own = (prompt, prompt_mask)
+    texts, after = run("after", adapter_of(h), own)
+    adapters = {
+        "own": after,
+        "shuffled": run("adapter: shuffled", adapter_of(h[other]), own)[1],
+        "mean": run("adapter: mean", lambda at: mean_lora, own)[1],
+        "none": run("adapter: none", None, own)[1],
+    }
+    prompts = {
+        "own": after,
+        "shuffled": run("prompt: shuffled", adapter_of(h), (prompt[other], prompt_mask[other]))[1],
+        "initial": run("prompt: initial", adapter_of(h), (start, start_mask))[1],
+    }
+
+    def summary(scores, kind="strict"):
+        return interval([getattr(s, kind) for s in scores], config.eval.num_bootstrap, config.seed)
+
+    written = [tokens.decode(p, m) for p, m in zip(prompt, prompt_mask)]
+    first = tokens.decode(initial)
+    results = {
+        "before": summary(before),
+        "after": summary(after),
+        "before_flexible": summary(before, "flexible"),
+        "after_flexible": summary(after, "flexible"),
+        "adapter": {name: summary(scores) for name, scores in adapters.items()},
+        "prompt": {name: summary(scores) for name, scores in prompts.items()},
+        "mean_adapter_energy": energy,
+        "prompts": {
+            "distinct": len(set(written)),
+            "share_initial": float(np.mean([text == first for text in written])),
+            "mean_tokens": float(prompt_mask.sum(axis=1).mean()),
+        },
+    }
+    predictions = [
+        {
+            "id": example.id, "query": example.query, "prompt": written[i], "answer": texts[i], "reference": example.reference,
+            "score": after[i].strict, "flexible": after[i].flexible,
+        }
+        for i, example in enumerate(rows.examples)
+    ]  # fmt: skip
+    return results, predictions
+
+
+def check_in_use(passes, rows, prompt, prompt_mask, adapter) -> None:
+    """Raises RuntimeError where taking the adapter or the prompt away leaves the actor's likelihoods as they were.
+
+    A run whose adapter or prompt is not wired to the actor would otherwise report the base model's scores as its own.
+    """
+    index = np.arange(min(len(rows), passes.batch_size))
+    prompt, prompt_mask = prompt[index], prompt_mask[index]
+    with_both = passes.log_likelihood(rows, index, prompt, prompt_mask, adapter)
+    if np.array_equal(with_both, passes.log_likelihood(rows, index, prompt, prompt_mask)):
+        raise RuntimeError("the generated adapter is not in use: the actor's likelihoods are the same without it")
+    words = prompt_mask & (prompt != passes.setup.end_id)
+    without = passes.log_likelihood(rows, index, prompt, np.zeros_like(prompt_mask), adapter)
+    if words.any() and np.array_equal(with_both, without):
+        raise RuntimeError("the written prompt is not in use: the actor's likelihoods are the same without it")

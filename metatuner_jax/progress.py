@@ -1,0 +1,52 @@
+"""What a run says while it works: bars in a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+
+import tqdm
+
+
+class Progress:
+    """Lines on standard output, and progress of what takes longer than a few seconds."""
+
+    def __init__(self, stream=None, every_s: float = 20.0):
+        self.stream = stream or sys.stdout
+        self.terminal = self.stream.isatty()
+        self.every_s = every_s  # between plain lines about the same work
+
+    def line(self, text: str = "") -> None:
+        """Prints a line, above the bar where there is one."""
+        if self.terminal:
+            tqdm.tqdm.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    @contextlib.contextmanager
+    def task(self, what: str, total: int, first: int = 0):
+        """Yields advance(count, text=""), to be called as the work goes on."""
+        if self.terminal:
+            with tqdm.tqdm(total=total, initial=first, desc=what, file=self.stream, leave=False) as bar:
+
+                def advance(count, text=""):
+                    bar.set_postfix_str(text, refresh=False)
+                    bar.update(count)
+
+                yield advance
+            return
+        done, start, said = first, time.monotonic(), time.monotonic()
+
+        def advance(count, text=""):
+            nonlocal done, said
+            done, now = done + count, time.monotonic()
+            if now - said >= self.every_s and done < total:
+                left_s = (now - start) / (done - first) * (total - done)
+                self.line(f"  {what} {done}/{total}{', ' + text if text else ''}, {_duration(left_s)} left")
+                said = now
+
+        yield advance
+
+
+def _duration(seconds: float) -> str:
+    """Returns seconds as `m:ss`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,79 @@
+"""The mesh, and where each array stands on it: a short list of path patterns."""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from metatuner_jax.config import MeshConfig
+
+ROWS = ("data", "fsdp")  # the mesh axes that split a batch
+
+# First match wins. A path is the keys from the root, joined by slashes; a spec names the mesh axis of each array axis. An axis that
+# the mesh does not divide evenly is left whole.
+RULES = (
+    (r"embedding$|head/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)(q|k|v|gate|up)/kernel$", (None, "fsdp", "tensor")),
+    (r"(^|/)(o|down)/kernel$", (None, "tensor", "fsdp")),
+    (r"(^|/)(q|k|v)/bias$", (None, "tensor")),
+    (r"hyper/.*_down$", (None, "fsdp", None)),
+    (r"hyper/.*_up$", (None, None, "fsdp")),
+    (r"hyper/.*_bias$", (None, "fsdp")),
+    (r"(shared|prompt|prompt_copy)/(q|k|v|o|gate|up|down)/[ab]$", ()),
+    (r"scale$", ()),
+    (r"(^|/)(step|count|allowed|bad_steps)$", ()),
+)
+
+
+def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    """Returns the mesh over all devices, its axes data, fsdp and tensor.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    rest = config.fsdp * config.tensor
+    data = config.data or max(count // rest, 1)
+    if data * rest != count:
+        raise ValueError(
+            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} need {data * rest} devices and there are "
+            f"{count}: their product must be the number of devices (mesh.data=none takes what is left)"
+        )
+    types = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), axis_types=types, devices=devices)
+
+
+def spec_at(path: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """Returns the placement of one array.
+
+    Raises:
+      ValueError: no rule names the path.
+    """
+    for pattern, axes in RULES:
+        if re.search(pattern, path):
+            # Layers may or may not have their leading axis; specs are for the last axes.
+            axes = axes[-len(shape) :] if shape else ()
+            axes = (None,) * (len(shape) - len(axes)) + axes if axes else ()
+            return PartitionSpec(*(a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)))
+    raise ValueError(f"no sharding rule names the parameter {path!r} of shape {shape}: add one to sharding.RULES")
+
+
+def place(tree, mesh):
+    """Returns the tree with every leaf where its rule puts it."""
+
+    def one(path, leaf):
+        return jax.device_put(leaf, NamedSharding(mesh, spec_at(path_text(path), np.shape(leaf), mesh)))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place_rows(batch, mesh):
+    """Returns a batch with its rows split over the mesh."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
+def path_text(path) -> str:
+    """Returns a tree path as text: its keys, joined by slashes."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

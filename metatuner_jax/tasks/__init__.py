@@ -1,0 +1,73 @@
+"""Tasks: rows with a query and an answer, and how a text is scored. One module a task, with `check` and `load`."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from metatuner_jax import config
+
+# A name that ends in ":" is a family, whose members are named after it. A new task is one module and one line here.
+_MODULES = {"gsm8k": "gsm8k", "jsonl": "jsonl", "reasoning_gym:": "reasoning_gym"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query with its answer."""
+
+    id: str
+    query: str
+    answer: str  # what the actor is trained to say
+    reference: str  # the gold answer as predictions show it
+    source: Any = None  # what scoring needs
+
+
+@dataclass(frozen=True)
+class Score:
+    """Two scores of one text, each 0 or 1."""
+
+    strict: float  # the text as it stands
+    flexible: float  # never below strict: an answer found in the text, by the rules of the task
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows and their scoring. No query of train is in validation or test, and none of validation is in test."""
+
+    name: str
+    metric: str
+    initial_prompt: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    score: Callable[[str, Example], Score]
+    dropped: dict[str, int] = field(default_factory=dict)  # rows left out: validation_in_train, test_in_train
+
+
+def check(task: config.TaskConfig) -> None:
+    """Raises ValueError for the first setting of the task that is known to be wrong without reading its rows."""
+    _module(task).check(task)
+
+
+def load(task: config.TaskConfig, seed: int) -> Task:
+    """Returns the task with its rows, the same for the same settings and seed.
+
+    Raises:
+      ValueError: a setting or a row cannot be used; one line with the field or file:line, the value and the way out.
+    """
+    module = _module(task)
+    module.check(task)
+    return module.load(task, seed)
+
+
+def _module(task):
+    prefix, colon, _ = task.name.partition(":")
+    if prefix + colon not in _MODULES:
+        if prefix + ":" in _MODULES:
+            raise ValueError(f"task.name={task.name!r} lacks the name of a data set: write {prefix}:<name>")
+        if prefix in _MODULES:
+            raise ValueError(f"task.name={task.name!r} must be just {prefix!r}: it has no members")
+        names = [name + "<name>" * name.endswith(":") for name in _MODULES]
+        near = config.nearest(prefix, [name.rstrip(":") for name in _MODULES])
+        raise ValueError(f"task.name={task.name!r} is not one of {', '.join(names)}{near}")
+    return importlib.import_module(f"{__name__}.{_MODULES[prefix + colon]}")

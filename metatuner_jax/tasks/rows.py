@@ -1,0 +1,288 @@
+"""Rows of a file, a folder or a hub id, and their split into train, validation and test without a shared query."""
+
+import collections
+import csv
+import gzip
+import json
+import os
+import random
+import re
+import zlib
+from typing import Any, NamedTuple
+
+from metatuner_jax import config
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Row(NamedTuple):
+    """One row as read, before anything is asked of its values."""
+
+    where: str  # file:line, for messages
+    values: dict[str, Any]
+
+
+# --- reading ---
+
+
+def check_source(name: str, source: str) -> None:
+    """Raises ValueError where `source`, the value of the field `name`, is no readable file, folder or possible hub id."""
+    if os.path.isdir(source):
+        return
+    if os.path.exists(source):
+        if not source.lower().endswith(SUFFIXES):
+            raise ValueError(f"{name}={source!r} is not of a known kind: it must end in one of {', '.join(SUFFIXES)}")
+        return
+    if source.lower().endswith(SUFFIXES) or not _HUB_ID.fullmatch(source):
+        raise ValueError(f"{name}={source!r}: no such file or folder, nor of the shape owner/name of a hub id")
+
+
+def has_splits(source: str) -> bool:
+    """Returns whether `source` may hold several splits: a folder or a hub id, not one file."""
+    return not os.path.isfile(source)
+
+
+def read(name: str, source: str, split: str, subset: str | None = None) -> list[Row] | None:
+    """Returns the rows of one split, or None where the folder or hub id has no such split. A file is one split.
+
+    JSON Lines and CSV are read here, line by line, so that values stay as written and a message can name the line;
+    in a CSV file every value is text. Folders and hub ids are searched by `datasets`.
+
+    Args:
+      name: the field that `source` comes from, for messages.
+      subset: name of the configuration in a folder or hub id that has several.
+    """
+    check_source(name, source)
+    if os.path.isfile(source):
+        rows = list(_read_file(source))
+    else:
+        rows = _read_folder(name, source, split, subset) if os.path.isdir(source) else _read_hub(name, source, split, subset)
+    if rows is not None and not rows:
+        raise ValueError(f"{name}={source!r} holds no rows")
+    return rows
+
+
+def text(row: Row, field: str, way_out: str) -> str:
+    """Returns the text of a field, stripped of white space at its ends.
+
+    Raises:
+      ValueError: the field is missing, is not text, or is empty.
+    """
+    if field not in row.values:
+        names = ", ".join(map(repr, row.values)) or "none"
+        raise ValueError(f"{row.where}: no field {field!r} among {names}{config.nearest(field, row.values)}; {way_out}")
+    value = row.values[field]
+    if not isinstance(value, str):
+        shown = json.dumps(value, default=str)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        shown = f"{shown} ({type(value).__name__})"
+        raise ValueError(f'{row.where}: field {field!r} is {shown}, not text: write it in quotes, such as "42"')  # noqa: TRY004
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{row.where}: field {field!r} holds half of a surrogate pair, which is no character: remove it") from None
+    if not value.strip():
+        raise ValueError(f"{row.where}: field {field!r} is empty: fill it or leave the row out")
+    return value.strip()
+
+
+def _read_file(path):
+    kind = path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+    try:
+        yield from {"csv": _read_csv, "parquet": _read_parquet}.get(kind, _read_json_lines)(path)
+    except (OSError, EOFError, zlib.error) as error:  # EOFError and zlib.error: a gzip file that was cut short or damaged
+        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
+
+
+def _lines(path):
+    """Yields (number, text) of the lines of a UTF-8 file, the numbers from 1, with their line ends."""
+    with gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8"
+                ) from None
+
+
+def _read_json_lines(path):
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            way_out = "; write one object a line, not one array" if line.lstrip().startswith("[") else ""
+            raise ValueError(f"{path}:{number}: not a line of JSON: {_one_line(error)}{way_out}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}:{number}: a {type(values).__name__}, not an object: write one {{...}} a line")  # noqa: TRY004
+        yield Row(f"{path}:{number}", values)
+
+
+def _read_csv(path):
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}:1: a column name occurs twice: {', '.join(header)}")
+        for values in reader:
+            if not values:  # a blank line
+                continue
+            if len(values) != len(header):
+                raise ValueError(
+                    f"{path}:{reader.line_num}: {len(values)} values for the {len(header)} columns of line 1: "
+                    "quote values that hold commas"
+                )
+            yield Row(f"{path}:{reader.line_num}", dict(zip(header, values, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not a line of CSV: {_one_line(error)}") from None
+
+
+def _read_parquet(path):
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a Parquet file: {_one_line(error)}") from None
+    for number, values in enumerate(table.to_pylist(), 1):
+        yield Row(f"{path}:row {number}", values)
+
+
+def _read_folder(name, source, split, subset):
+    """Returns the rows of the files that belong to the split by their names or by the folder's README."""
+    import datasets
+
+    try:  # the builder only finds the files; we read them, since its JSON and CSV readers guess types
+        found = datasets.load_dataset_builder(source, subset).config.data_files or {}
+    except Exception as error:  # noqa: BLE001 (the library raises a dozen kinds)
+        raise ValueError(f"{name}={source!r} holds no rows that can be found: {_one_line(error)}") from None
+    files = {str(key): [str(path) for path in paths] for key, paths in found.items()}.get(split)
+    if files is None:
+        return None
+    for path in files:
+        if not path.lower().endswith(SUFFIXES):
+            raise ValueError(f"{name}={source!r}: {path} is not of a known kind: it must end in one of {', '.join(SUFFIXES)}")
+    return [row for path in files for row in _read_file(path)]
+
+
+def _read_hub(name, source, split, subset):
+    import datasets
+
+    try:
+        found = datasets.load_dataset(source, subset)
+    except Exception as error:  # noqa: BLE001 (the library raises a dozen kinds)
+        raise ValueError(
+            f"{name}={source!r} is no file or folder here and could not be had from the hub: {_one_line(error)}; "
+            "check the name and the network, or give a path"
+        ) from None
+    if split not in found:
+        return None
+    return [Row(f"{source}/{split}:row {number}", values) for number, values in enumerate(found[split], 1)]
+
+
+def _one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- splitting ---
+
+
+def query_key(query: str) -> str:
+    """Returns the query with every run of white space as one space: what makes two queries the same."""
+    return " ".join(query.split())
+
+
+def load_splits(task: config.TaskConfig, seed: int, make_example, default: tuple[str | None, str | None] = (None, None)):
+    """Returns the tuples train, validation and test, and the counts of what was dropped.
+
+    A split that the task and its sources lack is cut from the train rows: the last ones of a shuffle by `seed`. Of
+    the rest, train is the first `num_train` of the shuffle, in file order. Test is the first `num_test` rows whose
+    query is in neither train nor validation, whatever `num_train` is; validation likewise.
+
+    Args:
+      make_example: from (id, row) to an Example.
+      default: source of what `task` does not name, and the configuration of it that is meant.
+    """
+    train_source = task.train or default[0]
+
+    def examples(split, source):
+        subset = task.options.get("config", default[1] if source == default[0] else None)
+        found = None if source is None else read(f"task.{split}", source, split, subset)
+        if found is None and (split == "train" or getattr(task, split)):
+            raise ValueError(f"task.{split}={source!r} has no split {split!r}: name its file, such as {split}.jsonl")
+        return found and [make_example(f"{split}-{i}", row) for i, row in enumerate(found)]
+
+    inherited = train_source if has_splits(train_source) else None
+    train = examples("train", train_source)
+    validation = examples("validation", task.validation or inherited)
+    test = examples("test", task.test or inherited or default[0])
+
+    rng = random.Random(seed)
+    order = list(range(len(train)))
+    rng.shuffle(order)
+    dropped = {"validation_in_train": 0, "test_in_train": 0}
+    train_keys = {query_key(example.query) for example in train}
+    if test is None:
+        if task.num_test is None:
+            raise ValueError("task.test=none: name a test file, or set task.num_test to cut that many rows from train")
+        test, order, dropped["test_in_train"] = _cut("test", train, order, task.num_test)
+    else:
+        seen = train_keys | {query_key(example.query) for example in validation or ()}
+        test, dropped["test_in_train"] = _unseen(test, seen)
+        test = _first(task, "test", test, dropped["test_in_train"])
+    if validation is None:
+        validation, order, dropped["validation_in_train"] = _cut("validation", train, order, task.num_validation)
+    else:
+        validation, dropped["validation_in_train"] = _unseen(validation, train_keys)
+        validation = _first(task, "validation", validation, dropped["validation_in_train"])
+    if (task.num_train or 0) > len(order):
+        cut = f" left of {len(train)} after validation or test was cut" if len(order) < len(train) else ""
+        raise ValueError(f"task.num_train={task.num_train} is above the {len(order)} train rows{cut}: set it lower")
+    train = [train[i] for i in sorted(order[: task.num_train])]
+    return tuple(train), tuple(validation), tuple(test), dropped
+
+
+def _cut(split, train, order, num):
+    """Returns `num` rows off the end of `order`, what is left of it, and how many were passed over for a query met twice."""
+    counts = collections.Counter(query_key(example.query) for example in train)
+    cut, rest = [], []
+    for i in reversed(order):
+        (cut if len(cut) < num and counts[query_key(train[i].query)] == 1 else rest).append(i)
+        if len(cut) == num:
+            break
+    if len(cut) < num or len(cut) == len(order):
+        raise ValueError(
+            f"task.num_{split}={num} leaves no train rows: {split} is cut from train, which has {len(order)} rows to give; "
+            f"set it lower or name a file in task.{split}"
+        )
+    left = set(order) - set(cut)
+    return [train[i] for i in sorted(cut)], [i for i in order if i in left], len(rest)
+
+
+def _unseen(examples, seen):
+    kept = [example for example in examples if query_key(example.query) not in seen]
+    return kept, len(examples) - len(kept)
+
+
+def _first(task, split, examples, num_dropped):
+    num = getattr(task, f"num_{split}")
+    if not examples:
+        source = getattr(task, split) or task.train
+        raise ValueError(f"task.{split}={source!r}: all its {num_dropped} queries are in train or validation: give other rows")
+    if (num or 0) > len(examples):
+        after = f" after {num_dropped} were dropped whose query is in train or validation" if num_dropped else ""
+        raise ValueError(f"task.num_{split}={num} is above the {len(examples)} rows that there are{after}: set it lower")
+    return examples[:num]
+
+
+def check_options(task: config.TaskConfig, names) -> None:
+    """Raises ValueError where task.options holds a name not in `names`, or a value that is not text."""
+    for name, value in task.options.items():
+        if name not in names:
+            has = f"{', '.join(names)}{config.nearest(name, names)}"
+            raise ValueError(f"task.options.{name}={value!r} is unknown to {task.name}, which has {has}")
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"task.options.{name}={value!r} must be text")

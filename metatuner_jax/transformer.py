@@ -1,0 +1,259 @@
+"""The LLM: a decoder-only Flax transformer with stacked layers, cached decoding, and LoRA as an input."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from metatuner_jax import lora as lora_lib
+from metatuner_jax.config import ModelConfig, projection_widths
+
+
+@flax.struct.dataclass
+class Context:
+    """What every layer of one pass shares."""
+
+    cos: Any  # [b, t, h / 2]
+    sin: Any  # [b, t, h / 2]
+    attend: Any  # bool [b, t, s]: whether t may look at s
+    start: Any = None  # int32 []: with a cache, its column of the first of these tokens
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of a stack of layers; written at column `Context.start`."""
+
+    k: Any  # [l, b, n, s, h], n KV heads
+    v: Any  # [l, b, n, s, h]
+
+
+# --- modules ---
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, over the last axis, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        return (rms_normalise(x, self.eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """x @ kernel, and what the LoRA adds."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x, lora):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
+        y = jnp.einsum("bti,io->bto", x, kernel.astype(x.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32).astype(x.dtype)
+        return y if lora is None else y + lora_lib.delta(x, lora)
+
+
+class Block(nn.Module):
+    """One layer: attention and gated feed-forward, each on the normalised residual stream."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, carry, loras, context):
+        c = self.config
+        x, cache, layer = carry
+        loras = loras or {}
+
+        def project(name, y, use_bias=False):
+            return Projection(projection_widths(c, name)[1], use_bias, name=name)(y, loras.get(name))
+
+        y = RMSNorm(c.norm_eps, name="attn_norm")(x)
+        q, k, v = (
+            project(name, y, c.qkv_bias).reshape(*y.shape[:2], -1, c.head_width).swapaxes(1, 2) for name in ("q", "k", "v")
+        )
+        if c.qk_norm:
+            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+        q, k = rotate(q, context), rotate(k, context)
+        if cache is not None:
+            at = (layer, 0, 0, context.start, 0)
+            cache = Cache(jax.lax.dynamic_update_slice(cache.k, k[None], at), jax.lax.dynamic_update_slice(cache.v, v[None], at))
+            k, v = cache.k[layer], cache.v[layer]
+        y = attention(q, k, v, context.attend)
+        x = x + project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        x = x + project("down", jax.nn.silu(project("gate", y)) * project("up", y))
+        return (x, cache, layer + 1), None
+
+
+class Stack(nn.Module):
+    """Layers run one after the other by a scan; every parameter and LoRA has a leading layer axis."""
+
+    config: ModelConfig
+    num_layers: int
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, context, loras=None, cache=None):
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        scan = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=self.num_layers
+        )
+        # The cache is part of the carry, so that its columns are updated in place.
+        (x, cache, _), _ = scan(self.config, name="layers")((x, cache, jnp.int32(0)), loras, context)
+        return x, cache
+
+
+# --- parts of a layer ---
+
+
+def rms_normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
+    """Returns x over the root of its mean square along the last axis, in float32, without a learned scale."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def rotary(config: ModelConfig, positions: Int[Array, "b t"]):
+    """Returns cosine and sine of the rotary angles, float32 [b, t, h / 2].
+
+    Source: Su et al. 2021 (arXiv 2104.09864), eq. 34; the stretch of low frequencies is Llama 3's (its released code).
+    """
+    half = config.head_width // 2
+    frequency = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling is not None:
+        factor, low, high, original = config.rope_scaling
+        turns = original * frequency / (2 * jnp.pi)  # over the positions that the model was first trained on
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequency = frequency * (keep + (1 - keep) / factor)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "b n t h"], context: Context) -> Float[Array, "b n t h"]:
+    """Returns x with each pair (i, i + h / 2) turned by its token's angle."""
+    cos, sin = context.cos[:, None], context.sin[:, None]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q: Float[Array, "b n t h"], k: Float[Array, "b m s h"], v: Float[Array, "b m s h"], attend: Bool[Array, "b t s"]):
+    """Returns softmax(q k / sqrt(h)) v, [b, n, t, h]; the n query heads share the m KV heads in groups.
+
+    A token that may look at nothing (padding) gets the mean of all values: finite, and nobody looks at it.
+    """
+    b, n, t, h = q.shape
+    m = k.shape[1]
+    q = q.reshape(b, m, n // m, t, h)
+    scores = jnp.einsum("bmgth,bmsh->bmgts", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.where(attend[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bmgts,bmsh->bmgth", weights, v).reshape(b, n, t, h)
+
+
+# --- whole passes ---
+
+
+def cut(layers: dict, start: int, stop: int) -> dict:
+    """Returns layers start..stop of a stack."""
+    return jax.tree.map(lambda leaf: leaf[start:stop], layers)
+
+
+def positions_of(mask: Bool[Array, "b t"]) -> Int[Array, "b t"]:
+    """Returns each token's position: how many real tokens stand before it in its row."""
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def causal(mask: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
+    """Returns whether token t may look at token s: s is real and not after t."""
+    t = mask.shape[-1]
+    return jnp.tril(jnp.ones((t, t), bool)) & mask[:, None, :]
+
+
+def make_context(config: ModelConfig, positions, attend, start=None) -> Context:
+    """Returns what the layers of one pass share. `positions`: int [b, t]; `attend`: bool [b, t, s]."""
+    return Context(*rotary(config, positions), attend, start)
+
+
+def embed(embedding: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
+    """Returns the tokens' rows of the embedding."""
+    return embedding[tokens].astype(dtype)
+
+
+def run(config, layers, x, context, loras=None, caches=None, remat=False):
+    """Returns the residual stream after all layers, and the caches written.
+
+    Args:
+      layers: a stack, or a tuple of stacks to be run in turn (such as the two halves of a cut one).
+      loras: None, or for each projection a Lora with as many layers as all stacks together, or a tuple of these, one a stack.
+      caches: None, or a tuple of caches, one a stack.
+    """
+    stacks = layers if isinstance(layers, tuple) else (layers,)
+    sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
+    if not isinstance(loras, tuple):
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        loras = tuple(None if loras is None else cut(loras, start, start + size) for start, size in zip(starts, sizes))
+    written = []
+    for i, (stack, size) in enumerate(zip(stacks, sizes)):
+        cache = None if caches is None else caches[i]
+        x, cache = Stack(config, size, remat).apply({"params": {"layers": stack}}, x, context, loras[i], cache)
+        written.append(cache)
+    return x, None if caches is None else tuple(written)
+
+
+def logits(config: ModelConfig, params: dict, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+    """Returns the scores of the next token, float32. `x` is the residual stream after the last layer."""
+    x = rms_normalise(x, config.norm_eps) * params["norm"]["scale"].astype(jnp.float32)
+    head = params["embed"]["embedding"] if "head" not in params else params["head"]["kernel"]
+    return jnp.einsum("btd,vd->btv", x.astype(head.dtype), head, preferred_element_type=jnp.float32)
+
+
+def forward(config: ModelConfig, params: dict, tokens, mask=None, loras=None, remat: bool = False) -> Float[Array, "b t v"]:
+    """Returns the scores of each next token, float32 [b, t, v]; what stands on padding is finite and means nothing.
+
+    Args:
+      tokens: int [b, t], numpy or jax.
+      mask: bool or 0/1 [b, t], True on real tokens, holes anywhere; positions count real tokens. None: all real.
+      loras: None, or for each adapted projection a Lora: leaves [l, b, ...], one a row, or [l, ...], one for all.
+    """
+    tokens = jnp.asarray(tokens)
+    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
+    check_window(config, tokens.shape[1])
+    context = make_context(config, positions_of(mask), causal(mask))
+    x, _ = run(config, params["layers"], embed(params["embed"]["embedding"], tokens, dtype_of(params)), context, loras, remat=remat)
+    return logits(config, params, x)
+
+
+def dtype_of(params: dict):
+    """Returns the type that the model computes in: that of its embedding."""
+    return params["embed"]["embedding"].dtype
+
+
+def check_window(config: ModelConfig, length: int) -> None:
+    """Raises ValueError where rows are longer than a sliding window: windowed attention itself is not built."""
+    if config.sliding_window is not None and length > config.sliding_window:
+        raise ValueError(
+            f"sliding_window={config.sliding_window} of the model is shorter than the longest row ({length} tokens): windowed "
+            "attention is not supported; lower generator.max_query_tokens or actor.max_answer_tokens, or take another model"
+        )
+
+
+def init(config: ModelConfig, key, dtype=jnp.float32) -> dict:
+    """Returns random parameters, for tests and timings; kernels as `Projection` draws them, embeddings of deviation 0.02."""
+    key_embed, key_layers, key_head = jax.random.split(key, 3)
+    x = jnp.zeros((1, 1, config.width), dtype)
+    context = make_context(config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool))
+    layers = Stack(config, config.num_layers).init(key_layers, x, context)["params"]["layers"]
+    shape = (config.vocab_size, config.width)
+    params = {
+        "embed": {"embedding": 0.02 * jax.random.normal(key_embed, shape)},
+        "layers": layers,
+        "norm": {"scale": jnp.ones(config.width)},
+    }
+    if not config.tied:
+        params["head"] = {"kernel": 0.02 * jax.random.normal(key_head, shape)}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

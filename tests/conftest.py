@@ -1,0 +1,170 @@
+"""Fixtures shared by the suite: a tiny language model on disk, and one in memory."""
+
+import json
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotations are checked
+    import metatuner_jax.actor
+    import metatuner_jax.decode
+    import metatuner_jax.generator
+    import metatuner_jax.lora
+    import metatuner_jax.losses
+    import metatuner_jax.transformer
+
+from metatuner_jax import config, generator, transformer
+
+WORDS = "zero one two three four five six seven eight nine reverse the list of words say in order question instruction".split()
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_tokenizer(folder, template=CHAT_TEMPLATE, extra=()):
+    """Writes a small byte-level tokenizer laid out as the hub has it; returns its number of ids."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    if template:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer.get_vocab_size()
+
+
+def save_model(folder, seed=0, template=CHAT_TEMPLATE, extra=(), **changes):
+    """Writes a tiny random Llama, tied, three layers, with its tokenizer, laid out as the hub has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = save_tokenizer(folder, template, extra)
+    shape = {
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": vocab + 5, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "rope_theta": 10000.0, "hidden_act": "silu", **changes,
+    }  # fmt: skip
+    settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **shape}
+    (folder / "config.json").write_text(json.dumps(settings))
+    d, f = shape["hidden_size"], shape["intermediate_size"]
+    kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    rng = np.random.default_rng(seed)
+    tensors = {"model.embed_tokens.weight": (shape["vocab_size"], d), "model.norm.weight": (d,)}
+    for i in range(shape["num_hidden_layers"]):
+        name = f"model.layers.{i}."
+        tensors |= {name + "input_layernorm.weight": (d,), name + "post_attention_layernorm.weight": (d,)}
+        for part, size in (("q", (d, d)), ("k", (kv, d)), ("v", (kv, d)), ("o", (d, d))):
+            tensors[f"{name}self_attn.{part}_proj.weight"] = size
+        for part, size in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
+            tensors[f"{name}mlp.{part}_proj.weight"] = size
+    arrays = {
+        name: (rng.normal(size=size) * (0.2 if len(size) == 2 else 0.1) + (len(size) == 1)).astype(np.float32)
+        for name, size in tensors.items()
+    }
+    safetensors.numpy.save_file(arrays, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a tiny model."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+# --- the same in memory, for tests of single parts: sizes all different ---
+
+GENERATOR = config.ModelConfig(
+    "llama", vocab_size=61, num_layers=4, width=24, ff_width=36, num_heads=6, num_kv_heads=3, head_width=8, tied=True
+)
+ACTOR = config.ModelConfig(
+    "qwen3", vocab_size=67, num_layers=3, width=20, ff_width=44, num_heads=4, num_kv_heads=2, head_width=10, qkv_bias=True, qk_norm=True
+)
+END = 2
+
+
+def make_setup(**sections):
+    """Returns a Setup of the tiny models; sections as {"train": {"prompt_gradient": ...}}."""
+    defaults = {
+        "generator": {"num_shared": 3, "max_prompt_tokens": 5, "rank": 2},
+        "hyper": {"rank": 2, "hidden": 7, "targets": ("q", "v", "down")},
+        "train": {"batch_size": 3},
+        "actor": {"max_answer_tokens": 4},
+    }
+    built = config.Config(dtype="float32")
+    for name in {*defaults, *sections}:
+        import dataclasses
+
+        values = {**defaults.get(name, {}), **sections.get(name, {})}
+        built = dataclasses.replace(built, **{name: dataclasses.replace(getattr(built, name), **values)})
+    return generator.Setup(built, GENERATOR, ACTOR, END, (1, 7))
+
+
+def randomise(tree, seed, scale=0.3):
+    """Returns the tree with every leaf drawn at random: no zero hides a missing path."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), tree)
+
+
+@pytest.fixture(scope="session")
+def networks():
+    """Returns make(setup) -> (frozen, params), weights and parameters random."""
+
+    def make(setup, random=True):
+        base = transformer.init(GENERATOR, jax.random.key(1))
+        k = setup.num_shared
+        layers = base["layers"]
+        base["layers"] = (transformer.cut(layers, 0, k), transformer.cut(layers, k, GENERATOR.num_layers))
+        base["norm"]["scale"] = 1 + 0.2 * jax.random.normal(jax.random.key(5), (GENERATOR.width,))
+        actor = transformer.init(ACTOR, jax.random.key(2))
+        allowed = np.arange(61) >= 3
+        allowed[END] = True
+        params = generator.init(setup, base, jax.random.key(3))
+        if random:
+            params["hyper"] = randomise(params["hyper"], 4)
+            if setup.config.generator.train == "lora":
+                params["shared"], params["prompt"] = randomise(params["shared"], 5), randomise(params["prompt"], 6)
+        full = setup.config.generator.train == "full"
+        return generator.Frozen(None if full else base, actor, allowed), params
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """A batch of three rows with padding of every kind."""
+    rng = np.random.default_rng(0)
+
+    def ids(length, sizes, side):
+        tokens, mask = np.zeros((3, length), np.int32), np.zeros((3, length), bool)
+        for i, n in enumerate(sizes):
+            at = slice(length - n, length) if side == "left" else slice(0, n)
+            tokens[i, at], mask[i, at] = rng.integers(3, 61, n), True
+        return tokens, mask
+
+    generator_ids, generator_mask = ids(6, (6, 4, 5), "left")
+    query, query_mask = ids(7, (5, 7, 6), "left")
+    answer, answer_mask = ids(4, (4, 2, 3), "right")
+    expert, expert_mask = ids(5, (3, 5, 4), "right")
+    own = generator_mask.copy()
+    own[:, -1] = False
+    return {
+        "row": np.arange(3, dtype=np.int32), "generator": generator_ids, "generator_mask": generator_mask, "own": own, "query": query,
+        "query_mask": query_mask, "answer": answer, "answer_mask": answer_mask, "expert": expert, "expert_mask": expert_mask,
+    }  # fmt: skip

@@ -1,0 +1,215 @@
+"""The LLM's identities; its numbers are held to torch's in test_parity_golden.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ACTOR, GENERATOR, END
+
+from metatuner_jax import decode, lora, transformer
+from metatuner_jax.config import projection_widths
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return transformer.init(ACTOR, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(1).integers(0, ACTOR.vocab_size, (3, 9)).astype(np.int32)
+
+
+def loras_for(rows, zero=False):
+    rng, loras = np.random.default_rng(2), {}
+    for target in TARGETS:
+        i, o = projection_widths(ACTOR, target)
+        shape = (ACTOR.num_layers, rows) if rows else (ACTOR.num_layers,)
+        b = np.zeros((*shape, 2, o)) if zero else rng.normal(size=(*shape, 2, o)) * 0.2
+        loras[target] = lora.Lora(jnp.array(rng.normal(size=(*shape, i, 2)), jnp.float32), jnp.array(b, jnp.float32))
+    return loras
+
+
+@pytest.mark.smoke
+def test_zero_delta_leaves_the_model_unchanged(params, tokens):
+    plain = transformer.forward(ACTOR, params, tokens)
+    np.testing.assert_array_equal(plain, transformer.forward(ACTOR, params, tokens, loras=loras_for(3, zero=True)))
+
+
+@pytest.mark.smoke
+def test_each_row_equals_the_model_with_its_own_delta_merged(params, tokens):
+    loras = loras_for(3)
+    together = transformer.forward(ACTOR, params, tokens, loras=loras)
+    for row in range(3):
+        merged = {**params, "layers": lora.merge(params["layers"], lora.row(loras, row))}
+        alone = transformer.forward(ACTOR, merged, tokens[row : row + 1])
+        np.testing.assert_allclose(together[row : row + 1], alone, atol=2e-5)
+    assert np.abs(together - transformer.forward(ACTOR, params, tokens)).max() > 0.01
+
+
+def test_one_lora_for_all_rows_equals_the_same_lora_for_each(params, tokens):
+    shared = loras_for(0)
+    each = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], 3, axis=1), shared)
+    one, many = (transformer.forward(ACTOR, params, tokens, loras=loras) for loras in (shared, each))
+    np.testing.assert_allclose(one, many, atol=1e-5)
+
+
+def test_cut_stack_composes_to_the_whole(params, tokens):
+    layers = params["layers"]
+    halves = {**params, "layers": (transformer.cut(layers, 0, 1), transformer.cut(layers, 1, 3))}
+    loras = loras_for(3)
+    np.testing.assert_allclose(
+        transformer.forward(ACTOR, params, tokens, loras=loras), transformer.forward(ACTOR, halves, tokens, loras=loras), atol=1e-6
+    )
+
+
+def test_remat_changes_nothing(params, tokens):
+    plain, remat = (transformer.forward(ACTOR, params, tokens, remat=remat) for remat in (False, True))
+    np.testing.assert_allclose(plain, remat, atol=1e-6)
+
+
+@pytest.mark.parametrize("holes", [(0, 1), (7, 8), (3, 5)], ids=["left", "right", "middle"])
+def test_padding_anywhere_changes_no_real_token(params, tokens, holes):
+    mask = np.ones(9, bool)
+    mask[list(holes)] = False
+    padded = transformer.forward(ACTOR, params, tokens[:1], mask[None])
+    short = transformer.forward(ACTOR, params, tokens[:1, mask])
+    np.testing.assert_allclose(padded[:, mask], short, atol=1e-5)
+
+
+def test_rows_longer_than_the_sliding_window_are_refused(params, tokens):
+    windowed = dataclasses.replace(ACTOR, sliding_window=8)
+    with pytest.raises(ValueError, match="sliding_window=8 .* longest row .9 tokens"):
+        transformer.forward(windowed, params, tokens)
+    assert transformer.forward(dataclasses.replace(ACTOR, sliding_window=9), params, tokens).shape == (3, 9, ACTOR.vocab_size)
+
+
+def test_parameter_tree_is_as_written_here(params):
+    assert jax.tree.map(np.shape, params) == {
+        "embed": {"embedding": (67, 20)},
+        "layers": {
+            "attn_norm": {"scale": (3, 20)},
+            "q": {"kernel": (3, 20, 40), "bias": (3, 40)},
+            "k": {"kernel": (3, 20, 20), "bias": (3, 20)},
+            "v": {"kernel": (3, 20, 20), "bias": (3, 20)},
+            "q_norm": {"scale": (3, 10)},
+            "k_norm": {"scale": (3, 10)},
+            "o": {"kernel": (3, 40, 20)},
+            "mlp_norm": {"scale": (3, 20)},
+            "gate": {"kernel": (3, 20, 44)},
+            "up": {"kernel": (3, 20, 44)},
+            "down": {"kernel": (3, 44, 20)},
+        },
+        "norm": {"scale": (20,)},
+        "head": {"kernel": (67, 20)},
+    }
+
+
+# --- lora ---
+
+
+def test_squared_norm_is_that_of_the_dense_delta():
+    loras = loras_for(3)
+    dense = sum(np.sum(np.einsum("lbir,lbro->lbio", x.a, x.b) ** 2, axis=(0, 2, 3)) for x in loras.values())
+    np.testing.assert_allclose(lora.squared_norm(loras), dense, rtol=1e-5)
+
+
+def test_mean_delta_at_full_rank_is_the_mean_of_the_dense_deltas():
+    loras = loras_for(3)
+    halves = [jax.tree.map(lambda leaf: leaf[:, :2], loras), jax.tree.map(lambda leaf: leaf[:, 2:], loras)]
+    whole, energy = lora.mean(halves, 6)
+    assert energy == pytest.approx(1.0, abs=1e-6)
+    for target, x in loras.items():
+        dense = np.einsum("lbir,lbro->lio", x.a, x.b) / 3
+        np.testing.assert_allclose(np.einsum("lir,lro->lio", whole[target].a, whole[target].b), dense, atol=1e-5)
+    cut, energy = lora.mean(halves, 2)
+    dense = np.einsum("lbir,lbro->lio", loras["q"].a, loras["q"].b) / 3
+    u, s, vt = np.linalg.svd(dense)
+    best = np.einsum("lir,lr,lro->lio", u[..., :2], s[:, :2], vt[:, :2])
+    np.testing.assert_allclose(np.einsum("lir,lro->lio", cut["q"].a, cut["q"].b), best, atol=1e-5)
+    assert 0.3 < energy < 1
+
+
+# --- decoding ---
+
+
+def run_sample(params, tokens, mask, **settings):
+    allowed = settings.pop("allowed", np.ones(ACTOR.vocab_size, bool))
+    settings = {"max_new_tokens": 6, "end_id": END, **settings}
+    return jax.jit(lambda p, t, m: decode.sample(ACTOR, p, t, m, allowed=jnp.array(allowed), **settings))(params, tokens, mask)
+
+
+@pytest.fixture(scope="module")
+def left_padded(tokens):
+    mask = np.ones(tokens.shape, bool)
+    mask[1, :4], mask[2, :1] = False, False
+    return tokens, mask
+
+
+@pytest.mark.smoke
+def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded):
+    tokens, mask = left_padded
+    loras = loras_for(3)
+    out = run_sample(params, tokens, mask, loras=loras)
+    for row in range(3):
+        ids, mine = list(tokens[row, mask[row]]), jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
+        for step in range(6):
+            token = int(np.argmax(transformer.forward(ACTOR, params, np.array([ids]), loras=mine)[0, -1]))
+            assert int(out.tokens[row, step]) == token
+            ids.append(token)
+            if token == END:
+                break
+        assert int(out.mask[row].sum()) == len(ids) - mask[row].sum()
+
+
+def test_a_row_that_ended_writes_only_end_tokens(params, left_padded):
+    tokens, mask = left_padded
+    greedy = np.array(run_sample(params, tokens, mask).tokens)
+    end = int(greedy[0, 2])  # make a token that row 0 writes the end token
+    first = int(np.flatnonzero(greedy[0] == end)[0])
+    out = run_sample(params, tokens, mask, end_id=end)
+    np.testing.assert_array_equal(out.mask[0], np.arange(6) <= first)
+    assert np.all(np.array(out.tokens[0, first:]) == end)
+
+
+def test_forbidden_tokens_are_never_written(params, left_padded):
+    allowed = np.zeros(ACTOR.vocab_size, bool)
+    allowed[[END, 11, 12]] = True
+    out = run_sample(params, *left_padded, allowed=allowed, key=jax.random.key(0), rows=jnp.arange(3), temperature=5.0)
+    assert set(np.unique(out.tokens)) <= {END, 11, 12}
+
+
+def test_samples_depend_on_the_row_number_and_not_on_the_batch(params, left_padded):
+    tokens, mask = left_padded
+    draw = lambda rows: np.array(
+        run_sample(params, tokens[rows], mask[rows], key=jax.random.key(7), rows=jnp.array(rows), temperature=2.0).tokens
+    )
+    np.testing.assert_array_equal(draw([0, 1, 2])[2], draw([2])[0])
+    same_text = run_sample(
+        params, tokens[[0, 0]], mask[[0, 0]], key=jax.random.key(7), rows=jnp.array([0, 1]), temperature=2.0
+    ).tokens
+    assert not np.array_equal(same_text[0], same_text[1])
+
+
+def test_sampled_frequencies_follow_the_softmax_at_the_temperature():
+    logits = jnp.array([1.0, 0.0, -1.0, 3.0])
+    allowed = jnp.array([True, True, True, False])
+    rows = jnp.arange(4000)
+    noise = decode.gumbel(jax.random.key(3), rows, 0, 4)
+    picks = decode.pick(jnp.tile(logits, (4000, 1)), noise, 2.0, 1.0, allowed)
+    expected = np.exp([0.5, 0, -0.5]) / np.exp([0.5, 0, -0.5]).sum()
+    np.testing.assert_allclose(np.bincount(picks, minlength=4)[:3] / 4000, expected, atol=0.03)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    noise = decode.gumbel(jax.random.key(0), jnp.arange(2000), 0, 4)
+    draw = lambda p: set(np.unique(decode.pick(jnp.tile(logits, (2000, 1)), noise, 1.0, p, jnp.ones(4, bool))))
+    assert draw(0.4) == {0}
+    assert draw(0.7) == {0, 1}
+    assert draw(0.9) == {0, 1, 2}
+    assert draw(1.0) == {0, 1, 2, 3}
