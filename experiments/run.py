@@ -48,9 +48,6 @@ def main(argv=None) -> int:
         return 0
     try:
         train_and_evaluate(*prepared)
-    except Mistake as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
     except RuntimeError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
@@ -93,6 +90,17 @@ def parse(argv):
 
 def load_config(path, assignments) -> config_lib.Config:
     """Returns the checked config of a file with the command line's settings."""
+    given = load_module(path).get_config()
+    # Through the dataclasses and back: the file's tree may lack a section or hold a number in its place.
+    tree = config_lib.to_tree(given if isinstance(given, config_lib.Config) else config_lib.from_tree(given))
+    config_lib.override(tree, assignments)
+    config = config_lib.from_tree(tree)
+    config_lib.check(config)
+    return config
+
+
+def load_module(path):
+    """Returns the module of a config file, whose get_config works."""
     if not path.is_file():
         raise Mistake(f"--config={path} is no file: name a Python file with get_config(), such as experiments/configs/quickstart.py")
     spec = importlib.util.spec_from_file_location("run_config", path)
@@ -101,15 +109,10 @@ def load_config(path, assignments) -> config_lib.Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        tree = module.get_config()
-    except Exception as error:  # the file is the user's own code
+        module.get_config()
+    except Exception as error:  # noqa: BLE001 (the file is the user's own code)
         raise Mistake(f"--config={path} could not be read: {type(error).__name__}: {error}") from None
-    if isinstance(tree, config_lib.Config):
-        tree = config_lib.to_tree(tree)
-    config_lib.override(tree, assignments)
-    config = config_lib.from_tree(tree)
-    config_lib.check(config)
-    return config
+    return module
 
 
 def _text(value):
@@ -121,8 +124,13 @@ def _text(value):
 
 def prepare(config, workdir):
     """Returns what `train_and_evaluate` takes, or None where the run is finished. Writes nothing and loads no weights."""
+    existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not existing.is_dir():
+        raise Mistake(f"--workdir={workdir}: {existing} is a file: name a folder")
     saved = read_json(workdir / "config.json")
     if saved is not None:
+        if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+            raise Mistake(f"--workdir={workdir} has a config.json that no run of ours wrote; give another --workdir")
         differing = differences(saved["config"], json.loads(json.dumps(dataclasses.asdict(config))))
         if differing:
             raise Mistake(f"--workdir={workdir} holds another run: {'; '.join(differing[:4])}; give another --workdir")
@@ -130,19 +138,17 @@ def prepare(config, workdir):
             print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
             print(table(read_json(workdir / "results.json"), _first_predictions(workdir)))
             return None
-    elif workdir.exists() and not workdir.is_dir():
-        raise Mistake(f"--workdir={workdir} is a file: name a folder")
     elif (workdir / "checkpoints").exists():
         raise Mistake(f"--workdir={workdir} holds checkpoints and no config.json: another run's; give another --workdir")
     tasks.check(config.task)
 
     from metatuner_jax import data, pretrained
 
-    generator, actor = pretrained.load_config(config.generator.model), pretrained.load_config(config.actor.model)
+    generator, actor = (of_model(config, role, pretrained.load_config) for role in ("generator", "actor"))
     config_lib.check_model(config, generator, actor)
-    tokenizer = pretrained.load_tokenizer(config.actor.model)
+    tokenizer = of_model(config, "actor", pretrained.load_tokenizer)
     if config.generator.model != config.actor.model:
-        difference = pretrained.same_tokenizer(pretrained.load_tokenizer(config.generator.model), tokenizer)
+        difference = pretrained.same_tokenizer(of_model(config, "generator", pretrained.load_tokenizer), tokenizer)
         if difference:
             raise Mistake(
                 f"generator.model={config.generator.model!r} and actor.model={config.actor.model!r} have different tokenizers "
@@ -151,6 +157,7 @@ def prepare(config, workdir):
     task = tasks.load(config.task, config.seed)
     initial_prompt = config.task.initial_prompt or task.initial_prompt
     vocab_size = min(generator.vocab_size, actor.vocab_size)
+    generator, actor = (dataclasses.replace(model, vocab_size=vocab_size) for model in (generator, actor))
     tokens = data.Tokens(tokenizer, vocab_size, config.generator.instruction)
     initial = [*tokens.plain(initial_prompt), tokens.end_id]
     if len(initial) > config.generator.max_prompt_tokens:
@@ -160,9 +167,12 @@ def prepare(config, workdir):
         )
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     rows, lengths, too_long = data.make_rows(tokens, config, initial_prompt, splits)
-    check_lengths(config, generator, actor, lengths, len(data.make_template(tokenizer).prefix))
-
-    import jax
+    check_lengths(config, generator, actor, lengths, len(tokens.template.prefix))
+    if len(rows["test"]) < 2:
+        raise Mistake(
+            f"task.num_test={config.task.num_test} leaves {len(rows['test'])} test row, and at least 2 are needed: the shuffled controls give "
+            "each query another one's prompt; raise it, or give task.test more rows"
+        )
 
     from metatuner_jax import sharding
 
@@ -171,8 +181,43 @@ def prepare(config, workdir):
     for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if size % ways:
             raise Mistake(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")
-    del jax
+    if (workdir / "checkpoints").exists():
+        check_checkpoint(config, workdir, generator, actor)
+    for role in ("generator", "actor"):
+        of_model(config, role, pretrained.check_weights)
     return config, workdir, (generator, actor), task, tokens, initial, rows, lengths, too_long, mesh
+
+
+def of_model(config, role, read):
+    """Returns read(the model's name) for the generator or the actor, whose name goes before what is wrong with it."""
+    name = getattr(config, role).model
+    try:
+        return read(name)
+    except ValueError as error:
+        raise Mistake(f"{role}.model={name!r} cannot be used: {error}") from None
+
+
+def check_checkpoint(config, workdir, generator_shape, actor_shape):
+    """Raises ValueError where the newest checkpoint of the folder is of another architecture, from shapes alone."""
+    import jax
+
+    from metatuner_jax import checkpoint, generator, train, transformer
+
+    setup = generator.Setup(config, generator_shape, actor_shape, 0, ())
+    k = setup.num_shared
+
+    def init(key):
+        base = transformer.init(generator_shape, key)
+        base["layers"] = transformer.cut(base["layers"], 0, k), transformer.cut(base["layers"], k, generator_shape.num_layers)
+        return train.init_state(config.train, generator.init(setup, base, key))
+
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+    try:
+        newest = checkpoints.latest()
+        if newest is not None:
+            checkpoints.check(newest, jax.eval_shape(init, jax.random.key(0)))
+    finally:
+        checkpoints.close()
 
 
 def check_lengths(config, generator, actor, lengths, prefix_tokens):
@@ -239,18 +284,18 @@ def train_and_evaluate(config, workdir, models, task, tokens, initial, rows, len
     try:
         newest = checkpoints.latest()
         if newest is not None:
-            try:
-                state = checkpoints.restore(newest, state)
-            except ValueError as error:
-                raise Mistake(str(error)) from None
+            state = checkpoints.restore(newest, state)
             progress.line(f"resuming at step {newest} of {config.train.num_steps}")
         experts.restore(newest or 0)
         metrics_path = workdir / "metrics.jsonl"
         rollout.write_lines(metrics_path, [m for m in rollout.read_lines(metrics_path) if m["step"] < (newest or 0)])
 
+        logged = rollout.read_lines(metrics_path)
+        began -= logged[-1]["wall_s"] if logged else 0  # what the run took before it was resumed
+
         def log(metrics):
             with metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(json.dumps({**metrics, "wall_s": round(time.perf_counter() - began, 1)}) + "\n")
 
         passes = Passes(setup, frozen, mesh, config.eval.batch_size, progress)
         loss_fn = lambda *args: losses.joint_loss(setup, *args)
@@ -294,6 +339,7 @@ def load_networks(setup, tokens, key, mesh):
 
     def load(name, dtype, cut):
         _, params = pretrained.load(name, dtype)
+        params = transformer.cut_vocabulary(params, setup.actor.vocab_size)
         if cut:
             layers = params.pop("layers")
             params["layers"] = (transformer.cut(layers, 0, k), transformer.cut(layers, k, setup.generator.num_layers))
@@ -365,8 +411,10 @@ def table(results, predictions) -> str:
         *(row(name, score) for name, score in results["adapter"].items()),
         "with the query's own adapter, the prompt",
         *(row(name, score) for name, score in results["prompt"].items()),
-        f"prompts written: {prompts['distinct']} distinct of {n}, {100 * prompts['share_initial']:.0f}% equal to the initial one, "
-        f"{prompts['mean_tokens']:.1f} tokens on average",
+        (
+            f"prompts written: {prompts['distinct']} distinct of {n}, {100 * prompts['share_initial']:.0f}% equal to the initial one, "
+            f"{prompts['mean_tokens']:.1f} tokens on average"
+        ),
         f"the mean adapter keeps {100 * results['mean_adapter_energy']:.0f}% of the mean delta's energy at its rank",
         f"{results['steps']} steps in {results['train_s']:.0f} s, rollouts {results['rollout_s']:.0f} s, all {results['wall_s']:.0f} s",
     ]  # fmt: skip

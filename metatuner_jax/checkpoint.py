@@ -25,7 +25,8 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["validation"] + 1e-9 * metrics["step"],
             enable_async_checkpointing=True,
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        # Without the handler, a manager that has not saved yet cannot tell what a checkpoint holds.
+        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self) -> int | None:
         """Returns the newest whole checkpoint's step, None where there is none."""
@@ -40,11 +41,12 @@ class Checkpoints:
         self.manager.save(step, args=ocp.args.StandardSave(state), metrics={"validation": validation, "step": step})
 
     def restore(self, step: int, like):
-        """Returns the state of a checkpoint, placed as `like` is.
+        """Returns the state of a checkpoint, placed as `like` is. Raises what `check` does."""
+        self.check(step, like)
+        return self.manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
 
-        Raises:
-          ValueError: its arrays are not those of `like`: it belongs to another architecture.
-        """
+    def check(self, step: int, like) -> None:
+        """Raises ValueError where a checkpoint's arrays are not shaped as those of `like`: it belongs to another architecture."""
         saved = self.manager.item_metadata(step)
         found = {sharding.path_text(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
         wanted = {sharding.path_text(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
@@ -54,7 +56,6 @@ class Checkpoints:
                     f"{self.folder / str(step)} is a checkpoint of another architecture: {name} is {found.get(name, 'missing')} there and "
                     f"{wanted.get(name, 'missing')} in this run; give another --workdir, or the settings that it was made with"
                 )
-        return self.manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
 
     def close(self) -> None:
         """Waits until everything is on disk; raises what went wrong in the background."""

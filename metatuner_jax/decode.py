@@ -60,7 +60,7 @@ def sample(
     allowed: Bool[Array, " v"],
     key=None,
     rows: Int[Array, " b"] | None = None,
-    temperature: float = 0.0,
+    temperature: float | Float[Array, ""] = 0.0,
     top_p: float = 1.0,
     loras=None,
 ) -> Sampled:

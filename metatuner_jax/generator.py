@@ -8,7 +8,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from metatuner_jax import config as config_lib
 from metatuner_jax import decode, transformer
@@ -94,7 +94,8 @@ def init(setup: Setup, base: dict, key) -> dict:
     """
     config = setup.config.generator
     key_shared, key_prompt, key_hyper = jax.random.split(key, 3)
-    hyper = Hypernetwork(setup.config.hyper, setup.actor).init(key_hyper, jnp.zeros((1, setup.generator.width)))["params"]
+    network = Hypernetwork(setup.config.hyper, setup.actor)
+    hyper = jax.jit(network.init)(key_hyper, jnp.zeros((1, setup.generator.width)))["params"]
     if config.train == "lora":
         k, layers = setup.num_shared, setup.generator.num_layers
         return {
@@ -201,7 +202,7 @@ def encode(setup: Setup, params: dict, frozen: Frozen, tokens, mask, own) -> Flo
 
 
 def write(
-    setup: Setup, params: dict, frozen: Frozen, tokens, mask, key=None, rows=None, temperature: float = 0.0
+    setup: Setup, params: dict, frozen: Frozen, tokens, mask, key=None, rows=None, temperature: float | Float[Array, ""] = 0.0
 ) -> decode.Sampled:
     """Returns a prompt for each query, greedy at temperature 0. Parameters are constants here: no gradient is kept."""
     params = jax.lax.stop_gradient(params)

@@ -359,14 +359,25 @@ def load(spec, dtype="float32", put: Callable[[str, np.ndarray], Any] | None = N
             return jnp.asarray(array)
 
     with contextlib.ExitStack() as stack:
-        if path.is_dir():
-            config = _config_of_folder(path)
-            tensors = _open_safetensors(path, stack)
-        else:
-            reader = _read_gguf(path)
-            config = _config_of_gguf(path, reader)
-            tensors = _tensors_of_gguf(path, reader, config)
+        config, tensors = _open(path, stack)
         return config, _stack_tensors(config, tensors, dtype, put, path)
+
+
+def check_weights(spec) -> None:
+    """Raises ValueError where `load` would, from the headers of the weight files, which are fetched where needed."""
+    path = resolve(spec)
+    with contextlib.ExitStack() as stack:
+        config, tensors = _open(path, stack)
+        _check_tensors(config, tensors, layout(config), path)
+
+
+def _open(path, stack):
+    """Returns (shape, {name on the hub: _Tensor}) of a folder or .gguf file; files stay open as long as `stack`."""
+    if path.is_dir():
+        return _config_of_folder(path), _open_safetensors(path, stack)
+    reader = _read_gguf(path)
+    config = _config_of_gguf(path, reader)
+    return config, _tensors_of_gguf(path, reader, config)
 
 
 class _Tensor(NamedTuple):
@@ -442,7 +453,9 @@ def _open_safetensors(folder, stack):
                 f"{folder} holds pickled weights only: these are never loaded, since reading them can run code; convert them to "
                 "model.safetensors first (transformers: save_pretrained)"
             )
-        raise ValueError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+        raise ValueError(
+            f"{folder} has no model.safetensors and no model.safetensors.index.json: add the model's weights, or name another folder"
+        )
     tensors = {}
     for file in files:
         if not (folder / file).is_file():
@@ -788,7 +801,7 @@ def _transformers():
 def _read_json(folder, name):
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"{folder} has no {name}")
+        raise ValueError(f"{folder} has no {name}: add the model's own, or name a folder laid out as on the hub")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

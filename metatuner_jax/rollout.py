@@ -6,6 +6,9 @@ import pathlib
 
 import numpy as np
 
+from metatuner_jax import config as config_lib
+from metatuner_jax import data
+
 
 class Experts:
     """The best prompt found so far for each train row, and the file of every attempt.
@@ -83,9 +86,17 @@ def best(attempts: list[dict]) -> int:
     return max(range(len(attempts)), key=lambda i: (attempts[i]["score"], attempts[i]["log_likelihood"], -i))
 
 
-def queries_at(step: int, num_rows: int, num_queries: int, seed: int) -> np.ndarray:
-    """Returns the train rows that a refresh before `step` takes, a function of the step alone."""
-    return np.random.default_rng([seed, 2, step]).permutation(num_rows)[:num_queries]
+def queries_at(step: int, num_rows: int, config: config_lib.Config) -> np.ndarray:
+    """Returns the train rows that a refresh before `step` takes, a function of the step alone.
+
+    They are drawn from the rows of the steps up to the next refresh, so that new experts are learnt from while they are new; others
+    fill up where these are too few.
+    """
+    rng = np.random.default_rng([config.seed, 2, step])
+    steps = range(step, min(step + config.rollout.every, config.train.num_steps))
+    coming = np.unique([data.order_at(s, num_rows, config.train.batch_size, config.seed) for s in steps])
+    others = np.setdiff1d(np.arange(num_rows), coming)
+    return np.concatenate([rng.permutation(coming), rng.permutation(others)])[: config.rollout.num_queries]
 
 
 def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: int) -> dict:
@@ -99,13 +110,15 @@ def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: in
       score: the task's scoring function.
     """
     config = passes.setup.config
-    chosen = queries_at(step, len(rows), config.rollout.num_queries, config.seed)
+    chosen = queries_at(step, len(rows), config)
     n = config.rollout.num_prompts
     prompt, prompt_mask = passes.write(params, rows, np.repeat(chosen, n), key, config.rollout.temperature)
 
     candidates = []  # (place in chosen, ids with the end token), the incumbent first
     for place, row in enumerate(chosen):
         incumbent, real = experts.tokens_of(row)
+        if not real.any():
+            raise RuntimeError(f"step {step}: the expert set is not in use: query {rows.examples[row].id!r} has no expert prompt")
         seen = {}
         for ids, mask in [(incumbent, real), *zip(prompt[place * n : (place + 1) * n], prompt_mask[place * n : (place + 1) * n])]:
             words = tuple(int(i) for i in ids[mask])

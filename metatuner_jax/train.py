@@ -61,7 +61,7 @@ def make_train_step(loss_fn, tx, sync_every: int):
             synced = state.step % sync_every == 0
             copy = jax.tree.map(lambda old, live: jnp.where(synced, live, old), copy, state.params["prompt"])
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, copy, frozen, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -163,6 +163,12 @@ def cut(layers: dict, start: int, stop: int) -> dict:
     return jax.tree.map(lambda leaf: leaf[start:stop], layers)
 
 
+def cut_vocabulary(params: dict, size: int) -> dict:
+    """Returns a model's parameters with only the first `size` tokens: models of one tokenizer may pad their vocabularies differently."""
+    tables = {"embed": "embedding", "head": "kernel"}
+    return {**params, **{name: {leaf: params[name][leaf][:size]} for name, leaf in tables.items() if name in params}}
+
+
 def positions_of(mask: Bool[Array, "b t"]) -> Int[Array, "b t"]:
     """Returns each token's position: how many real tokens stand before it in its row."""
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
@@ -247,7 +253,7 @@ def init(config: ModelConfig, key, dtype=jnp.float32) -> dict:
     key_embed, key_layers, key_head = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.width), dtype)
     context = make_context(config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool))
-    layers = Stack(config, config.num_layers).init(key_layers, x, context)["params"]["layers"]
+    layers = jax.jit(Stack(config, config.num_layers).init)(key_layers, x, context)["params"]["layers"]
     shape = (config.vocab_size, config.width)
     params = {
         "embed": {"embedding": 0.02 * jax.random.normal(key_embed, shape)},

@@ -1,12 +1,16 @@
 """Fixtures shared by the suite: a tiny language model on disk, and one in memory."""
 
+import dataclasses
 import json
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the suite spends its time on is compiling tiny models; code that is compiled quickly is fast enough for them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -94,7 +98,7 @@ GENERATOR = config.ModelConfig(
     "llama", vocab_size=61, num_layers=4, width=24, ff_width=36, num_heads=6, num_kv_heads=3, head_width=8, tied=True
 )
 ACTOR = config.ModelConfig(
-    "qwen3", vocab_size=67, num_layers=3, width=20, ff_width=44, num_heads=4, num_kv_heads=2, head_width=10, qkv_bias=True, qk_norm=True
+    "qwen3", vocab_size=61, num_layers=3, width=20, ff_width=44, num_heads=4, num_kv_heads=2, head_width=10, qkv_bias=True, qk_norm=True
 )
 END = 2
 
@@ -109,8 +113,6 @@ def make_setup(**sections):
     }
     built = config.Config(dtype="float32")
     for name in {*defaults, *sections}:
-        import dataclasses
-
         values = {**defaults.get(name, {}), **sections.get(name, {})}
         built = dataclasses.replace(built, **{name: dataclasses.replace(getattr(built, name), **values)})
     return generator.Setup(built, GENERATOR, ACTOR, END, (1, 7))
@@ -119,36 +121,50 @@ def make_setup(**sections):
 def randomise(tree, seed, scale=0.3):
     """Returns the tree with every leaf drawn at random: no zero hides a missing path."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), tree)
+    return jax.tree.map(lambda leaf: jnp.array(scale * rng.normal(size=leaf.shape), jnp.float32), tree)
 
 
-@pytest.fixture(scope="session")
-def networks():
+def make_networks():
     """Returns make(setup) -> (frozen, params), weights and parameters random."""
+    base = transformer.init(GENERATOR, jax.random.key(1))
+    base["norm"]["scale"] = 1 + 0.2 * jax.random.normal(jax.random.key(5), (GENERATOR.width,))
+    base["embed"]["embedding"] *= 30  # scores far enough apart that samples follow them
+    actor = transformer.init(ACTOR, jax.random.key(2))
+    actor["head"]["kernel"] *= 30
+    fresh = {}  # making parameters takes longer than using them
 
     def make(setup, random=True):
-        base = transformer.init(GENERATOR, jax.random.key(1))
-        k = setup.num_shared
-        layers = base["layers"]
-        base["layers"] = (transformer.cut(layers, 0, k), transformer.cut(layers, k, GENERATOR.num_layers))
-        base["norm"]["scale"] = 1 + 0.2 * jax.random.normal(jax.random.key(5), (GENERATOR.width,))
-        actor = transformer.init(ACTOR, jax.random.key(2))
-        allowed = np.arange(61) >= 3
-        allowed[END] = True
-        params = generator.init(setup, base, jax.random.key(3))
+        k, layers = setup.num_shared, base["layers"]
+        cut = {**base, "layers": (transformer.cut(layers, 0, k), transformer.cut(layers, k, GENERATOR.num_layers))}
+        allowed = (jnp.arange(GENERATOR.vocab_size) >= 3) | (jnp.arange(GENERATOR.vocab_size) == END)
+        key = repr((setup.config.generator, setup.config.hyper))
+        if key not in fresh:
+            fresh[key] = generator.init(setup, cut, jax.random.key(3))
+        params = jax.tree.map(jnp.copy, fresh[key])  # a step may take them as its own
         if random:
             params["hyper"] = randomise(params["hyper"], 4)
             if setup.config.generator.train == "lora":
                 params["shared"], params["prompt"] = randomise(params["shared"], 5), randomise(params["prompt"], 6)
         full = setup.config.generator.train == "full"
-        return generator.Frozen(None if full else base, actor, allowed), params
+        return generator.Frozen(None if full else cut, actor, allowed), params
 
     return make
 
 
 @pytest.fixture(scope="session")
+def networks():
+    """make(setup) -> (frozen, params)."""
+    return make_networks()
+
+
+@pytest.fixture(scope="session")
 def batch():
-    """A batch of three rows with padding of every kind."""
+    """The batch of `make_batch`."""
+    return make_batch()
+
+
+def make_batch():
+    """Returns a batch of three rows with padding of every kind."""
     rng = np.random.default_rng(0)
 
     def ids(length, sizes, side):
@@ -164,7 +180,18 @@ def batch():
     expert, expert_mask = ids(5, (3, 5, 4), "right")
     own = generator_mask.copy()
     own[:, -1] = False
-    return {
+    arrays = {
         "row": np.arange(3, dtype=np.int32), "generator": generator_ids, "generator_mask": generator_mask, "own": own, "query": query,
         "query_mask": query_mask, "answer": answer, "answer_mask": answer_mask, "expert": expert, "expert_mask": expert_mask,
     }  # fmt: skip
+    return {name: jnp.array(array) for name, array in arrays.items()}
+
+
+forward = jax.jit(transformer.forward, static_argnums=0)
+
+
+def scores_of(model, params, ids, loras=None):
+    """Returns the scores after each token of one row, [len(ids), v]; rows of any length up to 16 share one compilation."""
+    tokens, mask = np.zeros((1, 16), np.int32), np.arange(16)[None] < len(ids)
+    tokens[0, : len(ids)] = ids
+    return np.array(forward(model, params, tokens, mask, loras))[0, : len(ids)]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ACTOR, GENERATOR, END
+from conftest import ACTOR, END, forward, scores_of
 
 from metatuner_jax import decode, lora, transformer
 from metatuner_jax.config import projection_widths
@@ -36,25 +36,25 @@ def loras_for(rows, zero=False):
 
 @pytest.mark.smoke
 def test_zero_delta_leaves_the_model_unchanged(params, tokens):
-    plain = transformer.forward(ACTOR, params, tokens)
-    np.testing.assert_array_equal(plain, transformer.forward(ACTOR, params, tokens, loras=loras_for(3, zero=True)))
+    plain = forward(ACTOR, params, tokens, None, None)
+    np.testing.assert_array_equal(plain, forward(ACTOR, params, tokens, None, loras_for(3, zero=True)))
 
 
 @pytest.mark.smoke
 def test_each_row_equals_the_model_with_its_own_delta_merged(params, tokens):
     loras = loras_for(3)
-    together = transformer.forward(ACTOR, params, tokens, loras=loras)
+    together = forward(ACTOR, params, tokens, None, loras)
     for row in range(3):
         merged = {**params, "layers": lora.merge(params["layers"], lora.row(loras, row))}
-        alone = transformer.forward(ACTOR, merged, tokens[row : row + 1])
+        alone = forward(ACTOR, merged, tokens[row : row + 1], None, None)
         np.testing.assert_allclose(together[row : row + 1], alone, atol=2e-5)
-    assert np.abs(together - transformer.forward(ACTOR, params, tokens)).max() > 0.01
+    assert np.abs(together - forward(ACTOR, params, tokens, None, None)).max() > 0.01
 
 
 def test_one_lora_for_all_rows_equals_the_same_lora_for_each(params, tokens):
     shared = loras_for(0)
     each = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], 3, axis=1), shared)
-    one, many = (transformer.forward(ACTOR, params, tokens, loras=loras) for loras in (shared, each))
+    one, many = (forward(ACTOR, params, tokens, None, loras) for loras in (shared, each))
     np.testing.assert_allclose(one, many, atol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_cut_stack_composes_to_the_whole(params, tokens):
     halves = {**params, "layers": (transformer.cut(layers, 0, 1), transformer.cut(layers, 1, 3))}
     loras = loras_for(3)
     np.testing.assert_allclose(
-        transformer.forward(ACTOR, params, tokens, loras=loras), transformer.forward(ACTOR, halves, tokens, loras=loras), atol=1e-6
+        forward(ACTOR, params, tokens, None, loras), forward(ACTOR, halves, tokens, None, loras), atol=1e-6
     )
 
 
@@ -76,8 +76,8 @@ def test_remat_changes_nothing(params, tokens):
 def test_padding_anywhere_changes_no_real_token(params, tokens, holes):
     mask = np.ones(9, bool)
     mask[list(holes)] = False
-    padded = transformer.forward(ACTOR, params, tokens[:1], mask[None])
-    short = transformer.forward(ACTOR, params, tokens[:1, mask])
+    padded = forward(ACTOR, params, tokens[:1], mask[None], None)
+    short = forward(ACTOR, params, tokens[:1, mask], None, None)
     np.testing.assert_allclose(padded[:, mask], short, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_rows_longer_than_the_sliding_window_are_refused(params, tokens):
 
 def test_parameter_tree_is_as_written_here(params):
     assert jax.tree.map(np.shape, params) == {
-        "embed": {"embedding": (67, 20)},
+        "embed": {"embedding": (61, 20)},
         "layers": {
             "attn_norm": {"scale": (3, 20)},
             "q": {"kernel": (3, 20, 40), "bias": (3, 40)},
@@ -105,7 +105,7 @@ def test_parameter_tree_is_as_written_here(params):
             "down": {"kernel": (3, 44, 20)},
         },
         "norm": {"scale": (20,)},
-        "head": {"kernel": (67, 20)},
+        "head": {"kernel": (61, 20)},
     }
 
 
@@ -158,7 +158,7 @@ def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded):
     for row in range(3):
         ids, mine = list(tokens[row, mask[row]]), jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
         for step in range(6):
-            token = int(np.argmax(transformer.forward(ACTOR, params, np.array([ids]), loras=mine)[0, -1]))
+            token = int(np.argmax(scores_of(ACTOR, params, ids, mine)[-1]))
             assert int(out.tokens[row, step]) == token
             ids.append(token)
             if token == END:

@@ -9,12 +9,12 @@ from metatuner_jax import config
 
 # Written by hand; `python -m experiments.choose_prompt --config experiments/configs/quickstart.py` scores them on validation rows.
 PROMPTS = (
-    "Reverse the order of the words in the list. Answer with only the reversed list, and no other words.",
-    "You are given a list of words. Write the same words again, starting with the last one and ending with the first.",
-    "Read the list from right to left and write each word, with a comma and a space between. Do not explain.",
-    "Write the words of the list in the opposite order. For example, one, two, three becomes three, two, one.",
-    "You are a careful assistant who turns lists around: the last word comes first and the first word comes last.",
-    "Solve the problem. Give only the final answer, with no explanation and no other words around it.",
+    "Reverse the order of the words in the list. Write only the reversed list.",
+    "Write the same words in the opposite order, from the last word to the first.",
+    "Read the list from right to left and copy each word. Do not explain anything.",
+    "Turn the list around: the last word comes first and the first comes last.",
+    "You reverse lists. Answer only with the words, separated by commas, in reverse.",
+    "Solve the problem. Give only the final answer, without any other words.",
 )
 
 
@@ -35,14 +35,15 @@ def get_config():
                 num_train=512,
                 num_validation=64,
                 num_test=200,
-                initial_prompt=PROMPTS[0],
+                initial_prompt=PROMPTS[4],
                 options={"min_words": 3, "max_words": 5},
             ),
-            generator=change("generator", max_prompt_tokens=26),
+            generator=change("generator", max_prompt_tokens=18),
             actor=change("actor", max_answer_tokens=24),
             train=change(
-                "train", num_steps=60, batch_size=8, learning_rate=5e-4, checkpoint_every=30, prompt_gradient="straight_through"
-            ),
+                "train", num_steps=60, batch_size=8, learning_rate=8e-4, prompt_weight=0.3, prompt_gradient="straight_through",
+                checkpoint_every=30,
+            ),  # fmt: skip
             rollout=change("rollout", every=30, num_queries=32, num_prompts=4),
             eval=change("eval", batch_size=32, num_mean=256),
         )

@@ -1,0 +1,67 @@
+"""Scores hand-written prompts on validation rows with the bare actor, to choose task.initial_prompt; test rows are not read.
+
+    python -m experiments.choose_prompt --config experiments/configs/quickstart.py
+
+The candidates are PROMPTS of the config file, or a file with one a line: --prompts FILE.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+from experiments import run
+
+
+def main(argv=None) -> int:
+    """Prints each candidate's strict and flexible score, the best first (ties by the reference answers' likelihood); returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        source = pathlib.Path(argv.pop(argv.index("--prompts") + 1)) if "--prompts" in argv else None
+        argv = [word for word in argv if word != "--prompts"]
+        path, _, assignments = run.parse(argv)
+        config = run.load_config(path, assignments)
+        if source is None:
+            candidates = getattr(run.load_module(path), "PROMPTS", ())
+        elif source.is_file():
+            candidates = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            raise run.Mistake(f"--prompts={source} is no file: name one with a prompt a line")
+        if not candidates:
+            raise run.Mistake(f"--config={path} has no PROMPTS: add the candidates there, or give --prompts FILE")
+        scores = sorted(score(config, candidates), reverse=True)
+    except (run.Mistake, ValueError, IndexError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    for strict, flexible, likelihood, tokens, prompt in scores:
+        print(f"strict {100 * strict:5.1f}%  flexible {100 * flexible:5.1f}%  log-likelihood {likelihood:6.3f}  {tokens} tokens  {prompt}")
+    return 0
+
+
+def score(config, candidates):
+    """Returns (strict, flexible, mean log-likelihood of the answers, tokens, prompt) of each candidate on the validation rows."""
+    from metatuner_jax import evaluate, generator, pretrained, sharding
+    from metatuner_jax.passes import Passes
+    from metatuner_jax.progress import Progress
+
+    config, _, models, task, tokens, _, rows, _, _, mesh = run.prepare(config, pathlib.Path("/nonexistent"))
+    limit = config.generator.max_prompt_tokens
+    encoded = [[*tokens.plain(prompt), tokens.end_id] for prompt in candidates]
+    for prompt, ids in zip(candidates, encoded):
+        if len(ids) > limit:
+            raise run.Mistake(f"generator.max_prompt_tokens={limit} is less than {prompt!r} needs ({len(ids)} with the end token): raise it")
+    setup = generator.Setup(config, *models, tokens.end_id, tokens.template.prefix)
+    _, actor = pretrained.load(config.actor.model, config.dtype)
+    frozen = sharding.place(generator.Frozen(None, actor, tokens.allowed), mesh)
+    passes = Passes(setup, frozen, mesh, config.eval.batch_size, Progress())
+    part, found = rows["validation"], []
+    for prompt, ids in zip(candidates, encoded):
+        scores = evaluate.score_before(passes, part, tokens, task.score, ids)
+        likelihood = passes.log_likelihood(part, np.arange(len(part)), *evaluate.repeat(ids, len(part), limit))
+        strict, flexible = (float(np.mean([getattr(s, kind) for s in scores])) for kind in ("strict", "flexible"))
+        found.append((strict, flexible, float(likelihood.mean()), len(ids) - 1, prompt))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

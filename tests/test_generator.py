@@ -1,0 +1,308 @@
+"""The packed pass, the hypernetwork, the straight-through prompt, and where the gradients go."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ACTOR, END, GENERATOR, make_setup, randomise, scores_of
+
+from metatuner_jax import actor, decode, evaluate, generator, lora, losses, transformer
+
+def jitted(function, setup):
+    return jax.jit(functools.partial(function, setup))
+
+
+PACK = ("generator", "generator_mask", "own", "expert", "expert_mask")
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    tokens = np.array([[9, 8, 7, END, END], [5, 4, 3, 6, 8], [11, END, END, END, END]], np.int32)
+    return decode.Sampled(jnp.array(tokens), jnp.array([[1, 1, 1, 1, 0], [1] * 5, [1, 1, 0, 0, 0]], bool))
+
+
+# --- the hypernetwork ---
+
+
+@pytest.mark.smoke
+def test_the_fresh_hypernetwork_writes_a_delta_of_exactly_zero(networks, batch):
+    setup = make_setup()
+    frozen, params = networks(setup, random=False)
+    loras = generator.adapt(setup, params["hyper"], jnp.ones((3, GENERATOR.width)))
+    assert all(np.all(x.b == 0) and np.std(x.a) > 0.01 for x in loras.values())
+    args = (batch["expert"], batch["expert_mask"], batch["query"], batch["query_mask"], batch["answer"])
+    logits = jitted(actor.answer_logits, setup)
+    np.testing.assert_array_equal(logits(frozen, loras, *args), logits(frozen, None, *args))
+
+
+def test_the_delta_is_the_papers_formula(networks):
+    setup = make_setup(hyper={"scale": 1.7})
+    _, params = networks(setup)
+    h = jnp.array(np.random.default_rng(0).normal(size=(3, GENERATOR.width)), jnp.float32)
+    out, p = generator.adapt(setup, params["hyper"], h)["v"], params["hyper"]
+    layer, row = 2, 1
+
+    def factor(name):
+        return np.maximum(np.array(h[row]) @ p[f"v_{name}_down"][layer], 0) @ p[f"v_{name}_up"][layer] + p[f"v_{name}_bias"][layer]
+
+    np.testing.assert_allclose(out.a[layer, row], factor("a").reshape(ACTOR.width, 2), rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(out.b[layer, row], 1.7 * factor("b").reshape(2, 20), rtol=2e-5, atol=1e-5)
+
+
+def test_zero_weights_leave_a_static_lora(networks):
+    setup = make_setup()
+    _, params = networks(setup)
+    hyper = {name: leaf * (0 if name.endswith("_up") else 1) for name, leaf in params["hyper"].items()}
+    loras = generator.adapt(setup, hyper, jnp.array(np.random.default_rng(0).normal(size=(3, GENERATOR.width)), jnp.float32))
+    for x in loras.values():
+        np.testing.assert_array_equal(x.a[:, 0], x.a[:, 2])
+        assert np.abs(x.b).max() > 0
+
+
+# --- the packed pass ---
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_packed_pass_equals_separate_passes(networks, batch, sampled, train, pool):
+    setup = make_setup(generator={"train": train}, hyper={"pool": pool})
+    frozen, params = networks(setup)
+    packed = jitted(generator.packed, setup)(params, frozen, *(batch[k] for k in PACK), sampled.tokens, sampled.mask)
+    weights, loras = generator.language_model(setup, params, frozen)
+    for row in range(3):
+        query = batch["generator"][row, batch["generator_mask"][row]]
+        for states, ids, mask in ((packed.sampled, sampled.tokens, sampled.mask), (packed.expert, batch["expert"], batch["expert_mask"])):
+            ids = np.array(ids[row])[np.array(mask[row])]
+            alone = scores_of(GENERATOR, weights, np.concatenate([query, ids]), loras)[len(query) - 1 : -1]
+            together = transformer.logits(GENERATOR, weights, states[row : row + 1])[0, : len(ids)]
+            np.testing.assert_allclose(together, alone, atol=3e-5)
+    h = jitted(generator.encode, setup)(params, frozen, batch["generator"], batch["generator_mask"], batch["own"])
+    np.testing.assert_allclose(packed.h, h, atol=1e-5)
+
+
+def test_the_query_state_is_normalised_and_the_mean_is_over_its_own_tokens(networks, batch):
+    setup = make_setup(hyper={"pool": "mean"})
+    x = jnp.array(np.random.default_rng(0).normal(size=(3, 6, 24)) * 50, jnp.float32)
+    own = batch["own"]
+    expected = [
+        np.mean([v / np.sqrt(np.mean(v**2)) for v in np.array(x[row])[own[row]]], axis=0) for row in range(3)
+    ]
+    np.testing.assert_allclose(generator.pool(setup, x, own), expected, atol=1e-4)
+    last = generator.pool(make_setup(), x, own)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(last), axis=-1)), 1, atol=1e-4)
+
+
+def test_written_prompts_are_the_same_whether_shared_layers_are_cut_or_not(networks, batch):
+    setup = make_setup()
+    frozen, params = networks(setup)
+    out = jitted(generator.write, setup)(params, frozen, batch["generator"], batch["generator_mask"])
+    weights, loras = generator.language_model(setup, params, frozen)
+    ids = list(batch["generator"][1, batch["generator_mask"][1]])
+    for step in range(int(out.mask[1].sum())):
+        scores = np.where(frozen.allowed, scores_of(GENERATOR, weights, ids, loras)[-1], -np.inf)
+        assert int(out.tokens[1, step]) == int(np.argmax(scores))
+        ids.append(int(np.argmax(scores)))
+
+
+# --- the straight-through prompt ---
+
+
+def test_the_relaxed_prompt_has_the_value_of_its_tokens_and_the_gradient_of_the_softmax(sampled):
+    setup = make_setup(generator={"temperature": 0.7})
+    rng = np.random.default_rng(0)
+    logits = jnp.array(rng.normal(size=(3, 5, 61)), jnp.float32)
+    embedding = jnp.array(rng.normal(size=(61, 20)), jnp.float32)
+    weight = jnp.array(rng.normal(size=(3, 5, 20)), jnp.float32)
+    allowed, key, rows = jnp.arange(61) != 4, jax.random.key(3), jnp.arange(3)
+
+    def relaxed(logits):
+        return generator.relaxed_prompt(setup, logits, sampled, embedding, allowed, key, rows)
+
+    words = np.array(sampled.mask & (sampled.tokens != END))
+    np.testing.assert_allclose(relaxed(logits), np.where(words[..., None], embedding[sampled.tokens], 0), atol=1e-6)
+
+    found = jax.grad(lambda z: jnp.sum(relaxed(z) * weight))(logits)
+    noise = np.stack([np.array(decode.gumbel(key, rows, i, 61)) for i in range(5)], axis=1)
+    z = np.where(np.array(allowed), np.array(logits) / 0.7 + noise, -np.inf)
+    soft = np.exp(z - z.max(-1, keepdims=True))
+    soft /= soft.sum(-1, keepdims=True)
+    back = np.array(weight) @ np.array(embedding).T  # d loss / d soft
+    expected = soft * (back - np.sum(soft * back, -1, keepdims=True)) / 0.7
+    np.testing.assert_allclose(found, np.where(words[..., None], expected, 0), atol=2e-5)
+
+
+def test_the_relaxation_uses_the_noise_that_picked_the_tokens():
+    key, rows = jax.random.key(5), jnp.arange(4)
+    logits = jnp.array(np.random.default_rng(1).normal(size=(4, 61)), jnp.float32)
+    allowed = jnp.ones(61, bool)
+    picked = decode.pick(logits, decode.gumbel(key, rows, 3, 61), 0.5, 1.0, allowed)
+    again = jnp.argmax(logits / 0.5 + decode.gumbel(key, rows, 3, 61), axis=-1)
+    np.testing.assert_array_equal(picked, again)
+
+
+# --- losses and gradients ---
+
+
+def test_token_loss_is_one_mean_over_all_weighted_tokens():
+    logits = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]], [[0.2, 0.8], [0.5, 0.5]]]))
+    loss = losses.token_loss(logits, jnp.array([[0, 0], [1, 0]]), jnp.array([[1.0, 1.0], [1.0, 0.0]]))
+    assert float(loss) == pytest.approx(-(np.log(0.5) + np.log(0.9) + np.log(0.8)) / 3, rel=1e-6)
+
+
+def gradients(setup, frozen, params, batch, term):
+    def loss(params):
+        _, metrics = losses.joint_loss(setup, params, params["prompt"] if copy is None else copy, frozen, batch, jax.random.key(0))
+        return metrics[term]
+
+    copy = jax.lax.stop_gradient(params["prompt"])
+    return jax.jit(jax.grad(loss))(params)
+
+
+def norms(tree):
+    return {jax.tree_util.keystr(path): float(jnp.linalg.norm(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["none", "straight_through"])
+def test_the_task_loss_reaches_what_the_method_says(networks, batch, kind, train):
+    setup = make_setup(generator={"train": train}, train={"prompt_gradient": kind})
+    frozen, params = networks(setup)
+    found = gradients(setup, frozen, params, batch, "task_loss")
+    assert all(norm > 0 for norm in norms({"shared": found["shared"], "hyper": found["hyper"]}).values())
+    private = norms(found["prompt"])
+    if kind == "none":
+        assert set(private.values()) == {0.0}
+    else:
+        assert all(norm > 0 for norm in private.values())
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_prompt_loss_reaches_shared_and_prompt_and_not_the_hypernetwork(networks, batch, train):
+    setup = make_setup(generator={"train": train})
+    frozen, params = networks(setup)
+    found = gradients(setup, frozen, params, batch, "prompt_loss")
+    assert set(norms(found["hyper"]).values()) == {0.0}
+    learning = {k: found[k] for k in ("embed", "shared", "prompt")}
+    assert all(norm > 0 for norm in norms(learning).values())
+
+
+def test_at_step_0_only_the_last_layer_of_b_gets_a_task_gradient(networks, batch):
+    setup = make_setup()
+    frozen, params = networks(setup, random=False)
+    found = norms(gradients(setup, frozen, params, batch, "task_loss"))
+    alive = {name for name, norm in found.items() if norm > 0}
+    assert alive == {f"['hyper']['{t}_b_{part}']" for t in ("q", "v", "down") for part in ("up", "bias")}
+
+
+@pytest.mark.parametrize("kind", ["none", "straight_through"])
+def test_the_actor_gets_no_gradient_as_the_step_differentiates_only_what_learns(networks, batch, kind):
+    """What learns holds no array of the actor's, and the tree the step differentiates is what learns."""
+    setup = make_setup(train={"prompt_gradient": kind})
+    frozen, params = networks(setup)
+    assert set(params) == {"embed", "shared", "prompt", "hyper"} and params["embed"] == {}
+    before = jax.tree.map(np.array, frozen.actor)
+    gradients(setup, frozen, params, batch, "task_loss")
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, frozen.actor))
+
+
+@pytest.mark.parametrize("kind", ["none", "straight_through"])
+def test_the_joint_loss_is_the_weighted_sum(networks, batch, kind):
+    setup = make_setup(train={"prompt_weight": 0.3, "prompt_gradient": kind})
+    frozen, params = networks(setup)
+    loss, metrics = jitted(losses.joint_loss, setup)(params, params["prompt"], frozen, batch, jax.random.key(0))
+    assert float(loss) == pytest.approx(float(metrics["task_loss"] + 0.3 * metrics["prompt_loss"]), rel=1e-6)
+
+
+def test_the_frozen_copy_writes_the_prompts_where_they_are_constants(networks, batch):
+    setup = make_setup(train={"prompt_gradient": "none"})
+    frozen, params = networks(setup)
+    other = {**params, "prompt": randomise(params["prompt"], 99, 3.0)}
+    key, rows = jax.random.key(0), jnp.arange(3)
+    query = (batch["generator"], batch["generator_mask"])
+    by_copy = jitted(generator.write, setup)(other, frozen, *query, key, rows, 1.0)
+    joint = jitted(losses.joint_loss, setup)
+    _, metrics = joint(params, other["prompt"], frozen, batch, key)
+    h = jitted(generator.encode, setup)(params, frozen, *query, batch["own"])
+    loras = generator.adapt(setup, params["hyper"], h)
+    task = jitted(losses.task_loss, setup)(frozen, loras, batch, by_copy.tokens, by_copy.mask)
+    assert float(metrics["task_loss"]) == pytest.approx(float(task), rel=1e-5)
+    _, live = joint(params, params["prompt"], frozen, batch, key)
+    assert float(live["task_loss"]) != pytest.approx(float(task), rel=1e-5)
+
+
+def test_task_gradients_are_those_of_finite_differences(networks, batch):
+    setup = make_setup()
+    frozen, params = networks(setup)
+    fixed = (batch["expert"], batch["expert_mask"])
+
+    def loss(params):  # the task term at fixed prompts, which are constants anyway
+        h = generator.encode(setup, params, frozen, batch["generator"], batch["generator_mask"], batch["own"])
+        return losses.task_loss(setup, frozen, generator.adapt(setup, params["hyper"], h), batch, *fixed)
+
+    check_directions(
+        loss, params, [("hyper", "q_a_down"), ("hyper", "v_b_up"), ("hyper", "down_a_bias"), ("shared", "q", "a"), ("shared", "v", "b")]
+    )
+
+
+def test_prompt_gradients_are_those_of_finite_differences(networks, batch):
+    setup = make_setup()
+    frozen, params = networks(setup)
+
+    def loss(params):
+        states = generator.packed(setup, params, frozen, *(batch[k] for k in PACK))
+        return losses.prompt_loss(setup, generator.language_model(setup, params, frozen)[0], states.expert, batch)
+
+    check_directions(loss, params, [("shared", "q", "b"), ("prompt", "v", "a")])
+
+
+def check_directions(loss, params, leaves):
+    """Compares, for each leaf, the slope along its gradient's signs with central differences."""
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
+    gradient = value_and_grad(params)[1]
+    for leaf in leaves:
+        found = gradient
+        for key in leaf:
+            found = found[key]
+        direction = jnp.sign(found) / np.sqrt(found.size)
+
+        def moved(step):
+            def change(path, x):
+                return x + step * direction if tuple(k.key for k in path) == leaf else x
+
+            return float(value_and_grad(jax.tree_util.tree_map_with_path(change, params))[0])
+
+        step = 1e-3
+        slope = (moved(step) - moved(-step)) / (2 * step)
+        assert slope == pytest.approx(float(jnp.sum(found * direction)), rel=0.03), leaf
+        assert slope > 1e-4, leaf
+
+
+# --- evaluation's own arithmetic ---
+
+
+def test_a_derangement_moves_every_query():
+    for count in (2, 3, 7, 50):
+        order = evaluate.derangement(count, 0)
+        assert sorted(order) == list(range(count)) and np.all(order != np.arange(count))
+
+
+def test_the_interval_is_that_of_the_mean():
+    scores = np.array([1.0] * 80 + [0.0] * 20)
+    found = evaluate.interval(scores, 4000)
+    assert found["mean"] == pytest.approx(0.8) and found["n"] == 100
+    assert found["ci95"] == pytest.approx([0.72, 0.88], abs=0.015)  # 1.96 standard errors are 0.078
+
+
+def test_log_likelihood_is_the_mean_over_each_rows_own_answer(networks, batch):
+    setup = make_setup()
+    frozen, _ = networks(setup)
+    names = ("expert", "expert_mask", "query", "query_mask", "answer", "answer_mask")
+    found = jitted(actor.log_likelihood, setup)(frozen, None, *(batch[k] for k in names))
+    for row in range(3):
+        prompt = batch["expert"][row, batch["expert_mask"][row]]
+        ids = [1, 7, *prompt[prompt != END], *batch["query"][row, batch["query_mask"][row]]]
+        answer = batch["answer"][row, batch["answer_mask"][row]]
+        scores = jax.nn.log_softmax(scores_of(ACTOR, frozen.actor, [*ids, *answer])[len(ids) - 1 : -1])
+        assert float(found[row]) == pytest.approx(float(np.mean([scores[i, t] for i, t in enumerate(answer)])), abs=1e-5)

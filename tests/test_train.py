@@ -1,0 +1,243 @@
+"""The step: compiled once, exact to resume, the same on several devices; batches, sharding rules and rollouts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import ACTOR, END, GENERATOR, make_setup
+
+from metatuner_jax import checkpoint, data, losses, rollout, sharding, train
+from metatuner_jax.config import MeshConfig
+
+
+def make_step(setup, traces=None):
+    def loss_fn(*args):
+        if traces is not None:
+            traces.append(1)
+        return losses.joint_loss(setup, *args)
+
+    return train.make_train_step(loss_fn, train.make_optimizer(setup.config.train), setup.config.train.sync_every)
+
+
+def run_steps(step, state, frozen, batch, count):
+    metrics = []
+    for _ in range(count):
+        state, found = step(state, frozen, batch, jax.random.key(0))
+        metrics.append(jax.tree.map(float, found))
+    return state, metrics
+
+
+@pytest.mark.smoke
+def test_the_step_is_traced_once_and_lowers_the_loss(networks, batch):
+    setup, traces = make_setup(train={"learning_rate": 1e-2, "prompt_gradient": "straight_through", "num_steps": 30}), []
+    frozen, params = networks(setup, random=False)
+    _, metrics = run_steps(make_step(setup, traces), train.init_state(setup.config.train, params), frozen, batch, 20)
+    assert len(traces) == 1
+    assert metrics[-1]["task_loss"] < 0.8 * metrics[0]["task_loss"]
+    assert metrics[-1]["prompt_loss"] < 0.8 * metrics[0]["prompt_loss"]
+    assert metrics[0]["delta_norm"] == 0 and metrics[-1]["delta_norm"] > 0
+
+
+def test_the_copy_follows_the_prompt_decoder_at_multiples_of_sync_every(networks, batch):
+    setup = make_setup(train={"sync_every": 3, "learning_rate": 1e-2})
+    frozen, params = networks(setup)
+    step, state = make_step(setup), train.init_state(setup.config.train, params)
+    copies, lives = [], []
+    for _ in range(5):
+        lives.append(np.array(state.params["prompt"]["q"]["a"]))
+        state, _ = step(state, frozen, batch, jax.random.key(0))
+        copies.append(np.array(state.prompt_copy["q"]["a"]))
+    for i, source in enumerate((0, 0, 0, 3, 3)):
+        np.testing.assert_array_equal(copies[i], lives[source])
+    assert not np.array_equal(lives[0], lives[3])
+
+
+def test_saved_and_restored_steps_equal_uninterrupted_ones(networks, batch, tmp_path):
+    setup = make_setup(train={"sync_every": 2, "learning_rate": 1e-2})
+    frozen, params = networks(setup)
+    step = make_step(setup)
+    fresh = lambda: train.init_state(setup.config.train, jax.tree.map(jnp.array, params))
+    straight, all_metrics = run_steps(step, fresh(), frozen, batch, 6)
+    half, _ = run_steps(step, fresh(), frozen, batch, 3)
+    store = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    store.save(3, half, 0.5)
+    store.close()
+    store = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    restored = store.restore(store.latest(), fresh())
+    store.close()
+    resumed, later = run_steps(step, restored, frozen, batch, 3)
+    assert [m["loss"] for m in later] == [m["loss"] for m in all_metrics[3:]]
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+
+def test_the_newest_and_the_best_checkpoint_stay(tmp_path):
+    store = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    for step, score in ((1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1), (5, 0.3)):
+        store.save(step, {"x": jnp.arange(3) * step}, score)
+    assert (store.latest(), store.best()) == (5, 3)
+    np.testing.assert_array_equal(store.restore(3, {"x": jnp.zeros(3, jnp.int32)})["x"], [0, 3, 6])
+    store.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "5"]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    store = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    store.save(1, {"hyper": {"a": jnp.zeros((2, 3))}}, 0.0)
+    store.manager.wait_until_finished()
+    with pytest.raises(ValueError, match=r"another architecture: hyper/a is \(2, 3\) there and \(2, 4\) in this run"):
+        store.restore(1, {"hyper": {"a": jnp.zeros((2, 4))}})
+    store.close()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    def loss_fn(params, copy, frozen, batch, key):
+        return jnp.sum(params["w"] * batch["x"]), {}
+
+    tx = optax.adam(0.1)
+    step = train.make_train_step(loss_fn, tx, 1)
+    params = {"w": jnp.array([1.0, 2.0])}
+    state = train.TrainState(jnp.int32(0), params, {}, tx.init(params), jnp.int32(0))
+    good, bad = {"x": jnp.array([1.0, 1.0])}, {"x": jnp.array([jnp.nan, 1.0])}
+    state, _ = step(state, None, good, jax.random.key(0))
+    before = jax.tree.map(np.array, (state.params, state.opt_state))
+    for count in (1, 2):
+        state, metrics = step(state, None, bad, jax.random.key(0))
+        assert int(metrics["bad_steps"]) == count
+    jax.tree.map(np.testing.assert_array_equal, before, (state.params, state.opt_state))
+    state, metrics = step(state, None, good, jax.random.key(0))
+    assert int(metrics["bad_steps"]) == 0 and int(state.step) == 4
+    assert not np.array_equal(before[0]["w"], state.params["w"])
+
+
+# --- the mesh ---
+
+SHARDED = """
+import json, sys
+import jax, numpy as np
+sys.path.insert(0, sys.argv[1])
+import conftest
+from metatuner_jax import losses, sharding, train
+from metatuner_jax.config import MeshConfig
+
+make = conftest.make_networks()
+rows = {k: np.concatenate([v, v[::-1], v[:2]]) for k, v in conftest.make_batch().items()}  # 8 rows
+out = {}
+for kind in ("lora", "full"):
+    setup = conftest.make_setup(generator={"train": kind}, train={"prompt_gradient": "straight_through", "learning_rate": 1e-2})
+    for shape in ((1, 1, 1), (8, 1, 1) if kind == "full" else (2, 2, 2)):
+        frozen, params = make(setup)
+        count = int(np.prod(shape))
+        mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[:count])
+        state = sharding.place(train.init_state(setup.config.train, params), mesh)
+        frozen = sharding.place(frozen, mesh)
+        step = train.make_train_step(lambda *a: losses.joint_loss(setup, *a), train.make_optimizer(setup.config.train), 2)
+        found = []
+        for _ in range(3):
+            state, metrics = step(state, frozen, sharding.place_rows(rows, mesh), jax.random.key(0))
+            found.append(float(metrics["loss"]))
+        leaf = state.params["hyper"]["q_b_up"]
+        out[f"{kind} {shape}"] = [found, [float(np.abs(x).sum()) for x in jax.tree.leaves(state.params)], len(leaf.sharding.device_set)]
+print(json.dumps(out))
+"""
+
+
+def test_several_devices_give_the_losses_and_parameters_of_one(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script, os.path.dirname(__file__)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for kind in ("lora", "full"):
+        losses_one, sums_one, _ = found[f"{kind} (1, 1, 1)"]
+        losses_many, sums_many, devices = found[f"{kind} {'(8, 1, 1)' if kind == 'full' else '(2, 2, 2)'}"]
+        assert devices == 8
+        np.testing.assert_allclose(losses_many, losses_one, rtol=2e-5)
+        np.testing.assert_allclose(sums_many, sums_one, rtol=2e-4)
+
+
+def test_every_array_of_the_state_has_a_sharding_rule_and_an_unknown_one_is_an_error(networks):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    for kind in ("lora", "full"):
+        setup = make_setup(generator={"train": kind})
+        frozen, params = networks(setup)
+        sharding.place(train.init_state(setup.config.train, params), mesh)
+        sharding.place(frozen, mesh)
+    with pytest.raises(ValueError, match="no sharding rule names the parameter 'extra/thing'"):
+        sharding.place({"extra": {"thing": jnp.zeros(3)}}, mesh)
+
+
+def test_a_mesh_that_does_not_match_the_devices_is_refused():
+    with pytest.raises(ValueError, match="mesh.fsdp=3.* need 3 devices and there are 1"):
+        sharding.make_mesh(MeshConfig(fsdp=3), jax.devices()[:1])
+
+
+# --- batches ---
+
+
+def test_batches_are_a_function_of_the_step_and_cover_each_epoch():
+    seen = np.concatenate([data.order_at(step, 10, 4, seed=3) for step in range(5)])
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
+    np.testing.assert_array_equal(data.order_at(2, 10, 4, seed=3), seen[8:12])
+    assert not np.array_equal(seen, np.concatenate([data.order_at(step, 10, 4, seed=4) for step in range(5)]))
+
+
+# --- rollouts ---
+
+
+def attempt(score, log_likelihood):
+    return {"score": score, "log_likelihood": log_likelihood}
+
+
+@pytest.mark.parametrize(
+    ("attempts", "winner"),
+    [
+        ([attempt(0, -3.0), attempt(1, -9.0)], 1),  # the score decides
+        ([attempt(1, -3.0), attempt(1, -2.0), attempt(0, -1.0)], 1),  # then the likelihood
+        ([attempt(1, -2.0), attempt(1, -2.0)], 0),  # a full tie keeps the incumbent
+        ([attempt(0, -2.0), attempt(0, -2.5)], 0),
+    ],
+)
+def test_best_of_n_follows_the_tie_rules(attempts, winner):
+    assert rollout.best(attempts) == winner
+
+
+def record(step, row, tokens, best):
+    return {"step": step, "id": row, "prompt": "p", "answer": "a", "score": 1.0, "log_likelihood": -1.0, "best": best, "tokens": tokens}
+
+
+def test_the_expert_store_survives_a_restart_and_drops_what_came_later(tmp_path):
+    make = lambda: rollout.Experts(tmp_path / "experts.jsonl", ["x", "y", "z"], [5, END], 4)
+    experts = make()
+    experts.add([record(0, "x", [9, 8, END], True), record(0, "x", [7, END], False), record(0, "y", [5, END], True)])
+    experts.add([record(4, "x", [3, END], True)])
+    tokens, mask = experts.tokens_of(np.array([0, 1, 2]))
+    assert [list(t[m]) for t, m in zip(tokens, mask)] == [[3, END], [5, END], [5, END]]
+
+    again = make()
+    again.restore(step=4)  # a checkpoint of 4 updates was made before the refresh at step 4
+    tokens, mask = again.tokens_of(np.array([0, 1, 2]))
+    assert [list(t[m]) for t, m in zip(tokens, mask)] == [[9, 8, END], [5, END], [5, END]]
+    assert [line["step"] for line in rollout.read_lines(tmp_path / "experts.jsonl")] == [0, 0, 0]
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    path = tmp_path / "experts.jsonl"
+    path.write_text(json.dumps(record(0, "x", [9, END], True)) + "\n" + '{"step": 0, "id": "y", "pro')
+    assert [line["id"] for line in rollout.read_lines(path)] == ["x"]
+
+
+def test_refreshes_take_queries_of_the_coming_steps():
+    settings = make_setup(rollout={"every": 5, "num_queries": 8}, train={"num_steps": 20, "batch_size": 4}).config
+    coming = np.concatenate([data.order_at(step, 50, 4, settings.seed) for step in range(5, 10)])
+    first, second = rollout.queries_at(0, 50, settings), rollout.queries_at(5, 50, settings)
+    assert len(set(second)) == 8 and set(second) <= set(coming) and set(first) != set(second)
+    np.testing.assert_array_equal(second, rollout.queries_at(5, 50, settings))
+    late = rollout.queries_at(19, 50, settings)  # one step is left, with fewer rows than are asked for
+    assert len(set(late)) == 8 and set(data.order_at(19, 50, 4, settings.seed)) <= set(late)
