@@ -1,6 +1,10 @@
-# make quickstart | test | parity | check;  PYTHON=python3.12 picks the interpreter, VENV the environment's folder.
+# make quickstart | test | smoke | parity | check;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
 PYTHON ?= python3
+ifeq ($(PYTHON),python3)
 VENV ?= .venv
+else
+VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
 BIN = $(VENV)/bin
 SOURCES = setup.cfg pyproject.toml
 
@@ -36,4 +40,4 @@ $(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from metatuner_jax import lora
-
 
 def interval(scores, num_bootstrap: int, seed: int = 0) -> dict:
     """Returns {mean, ci95, n}: the mean of per-query scores and its 95% interval by the percentile bootstrap over queries."""
@@ -71,9 +69,7 @@ def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -
 
     check_in_use(passes, rows, prompt, prompt_mask, adapter_of(h))
     train_h = passes.encode(params, train_rows, np.arange(min(config.eval.num_mean, len(train_rows))))
-    size = passes.batch_size
-    batches = [passes.adapt(params["hyper"], train_h[at : at + size]) for at in range(0, len(train_h), size)]
-    mean_lora, energy = lora.mean(batches, config.hyper.rank)
+    mean_lora, energy = passes.mean_adapter(params["hyper"], train_h, config.hyper.rank)
 
     def run(what, adapter, prompts):
         answers, mask = passes.answer(rows, index, *prompts, adapter, what=what)

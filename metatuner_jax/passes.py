@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from metatuner_jax import actor, generator, sharding
+from metatuner_jax import actor, generator, lora, sharding
 
 
 class Passes:
@@ -45,6 +45,15 @@ class Passes:
     def adapt(self, hyper, h: np.ndarray):
         """Returns the LoRA that the hypernetwork writes for states h [n, d]."""
         return self._adapt(hyper, sharding.place_rows(h, self.mesh))
+
+    def mean_adapter(self, hyper, h: np.ndarray, rank: int):
+        """Returns the mean delta over states h [n, d] as one LoRA of that rank, and the share of its energy kept."""
+        batches = []
+        for start in range(0, len(h), self.batch_size):
+            at = np.minimum(np.arange(start, start + self.batch_size), len(h) - 1)
+            size = min(self.batch_size, len(h) - start)
+            batches.append(jax.tree.map(lambda leaf: leaf[:, :size], self.adapt(hyper, h[at])))
+        return lora.mean(batches, rank)
 
     def answer(self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering"):
         """Returns greedy answers (tokens, mask). `prompt` and its mask: [n, m]."""
