@@ -71,10 +71,20 @@ def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -
     train_h = passes.encode(params, train_rows, np.arange(min(config.eval.num_mean, len(train_rows))))
     mean_lora, energy = passes.mean_adapter(params["hyper"], train_h, config.hyper.rank)
 
-    def run(what, adapter, prompts):
-        answers, mask = passes.answer(rows, index, *prompts, adapter, what=what)
+    def run(what, adapter, prompts, which=index):
+        answers, mask = passes.answer(rows, which, *prompts, adapter, what=what)
         texts = [tokens.decode(a, m) for a, m in zip(answers, mask)]
-        return texts, [score(text, example) for text, example in zip(texts, rows.examples)]
+        return texts, [score(text, rows.examples[i]) for text, i in zip(texts, which)]
+
+    def run_prompts(what, other, other_mask):
+        """Answers anew only the queries whose prompt is another one; the rest stands in `after`."""
+        differs = np.any(np.where(prompt_mask, prompt, -1) != np.where(other_mask, other, -1), axis=1)
+        changed, scores = np.flatnonzero(differs), list(after)
+        if len(changed):
+            found = run(what, adapter_of(h[changed]), (other[changed], other_mask[changed]), changed)[1]
+            for i, one in zip(changed, found):
+                scores[i] = one
+        return scores
 
     own = (prompt, prompt_mask)
     texts, after = run("after", adapter_of(h), own)
@@ -86,8 +96,8 @@ def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -
     }
     prompts = {
         "own": after,
-        "shuffled": run("prompt: shuffled", adapter_of(h), (prompt[other], prompt_mask[other]))[1],
-        "initial": run("prompt: initial", adapter_of(h), (start, start_mask))[1],
+        "shuffled": run_prompts("prompt: shuffled", prompt[other], prompt_mask[other]),
+        "initial": run_prompts("prompt: initial", start, start_mask),
     }
 
     def summary(scores, kind="strict"):
