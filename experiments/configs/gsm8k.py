@@ -22,7 +22,7 @@ def get_config():
             base,
             dtype="float32",
             task=change("task", name="gsm8k", num_train=2000, num_validation=50, num_test=100),
-            generator=change("generator", max_query_tokens=192, max_prompt_tokens=40),
+            generator=change("generator", max_query_tokens=256, max_prompt_tokens=40),
             actor=change("actor", max_answer_tokens=192),
             train=change("train", num_steps=100, batch_size=8, learning_rate=3e-4, warmup_steps=10, checkpoint_every=50),
             rollout=change("rollout", every=50, num_queries=16, num_prompts=4),
