@@ -1,4 +1,4 @@
-"""Scores hand-written prompts on validation rows with the bare actor, to choose task.initial_prompt; test rows are not read.
+"""Scores hand-written prompts on validation rows with the bare actor, to choose task.initial_prompt; test rows are not scored.
 
     python -m experiments.choose_prompt --config experiments/configs/quickstart.py
 
@@ -40,7 +40,7 @@ def main(argv=None) -> int:
 
 def score(config, candidates):
     """Returns (strict, flexible, mean log-likelihood of the answers, tokens, prompt) of each candidate on the validation rows."""
-    from metatuner_jax import evaluate, generator, pretrained, sharding
+    from metatuner_jax import evaluate, generator, pretrained, sharding, transformer
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
 
@@ -52,6 +52,7 @@ def score(config, candidates):
             raise run.Mistake(f"generator.max_prompt_tokens={limit} is less than {prompt!r} needs ({len(ids)} with the end token): raise it")
     setup = generator.Setup(config, *models, tokens.end_id, tokens.template.prefix)
     _, actor = pretrained.load(config.actor.model, config.dtype)
+    actor = transformer.cut_vocabulary(actor, setup.actor.vocab_size)
     frozen = sharding.place(generator.Frozen(None, actor, tokens.allowed), mesh)
     passes = Passes(setup, frozen, mesh, config.eval.batch_size, Progress())
     part, found = rows["validation"], []

@@ -41,14 +41,14 @@ def main(argv=None) -> int:
     try:
         path, workdir, assignments = parse(argv)
         prepared = prepare(load_config(path, assignments), workdir)
-    except (Mistake, ValueError) as error:
+    except (Mistake, ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     if prepared is None:
         return 0
     try:
         train_and_evaluate(*prepared)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     return 0
@@ -138,8 +138,11 @@ def prepare(config, workdir):
             print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
             print(table(read_json(workdir / "results.json"), _first_predictions(workdir)))
             return None
-    elif (workdir / "checkpoints").exists():
-        raise Mistake(f"--workdir={workdir} holds checkpoints and no config.json: another run's; give another --workdir")
+    for name in ("checkpoints", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json"):
+        if saved is None and (workdir / name).exists():
+            raise Mistake(f"--workdir={workdir} holds {name} and no config.json: it is not a run of ours; give another --workdir")
+    if not os.access(existing, os.W_OK):
+        raise Mistake(f"--workdir={workdir}: {existing} cannot be written to; give another --workdir")
     tasks.check(config.task)
 
     from metatuner_jax import data, pretrained
@@ -167,6 +170,15 @@ def prepare(config, workdir):
         )
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     rows, lengths, too_long = data.make_rows(tokens, config, initial_prompt, splits)
+    highest = data.largest_id(rows, tokens, initial)
+    if highest >= vocab_size:
+        raise Mistake(
+            f"actor.model={config.actor.model!r}: its tokenizer gives the id {highest}, and the embeddings of generator and actor have "
+            f"{vocab_size} rows: the tokenizer does not belong to the weights"
+        )
+    changed = [name for name, found in data.digest(rows, initial).items() if saved and saved.get("data", {}).get(name) != found]
+    if changed:
+        raise Mistake(f"--workdir={workdir} was begun with other data: {', '.join(changed)} changed since; give another --workdir")
     check_lengths(config, generator, actor, lengths, len(tokens.template.prefix))
     if len(rows["test"]) < 2:
         raise Mistake(
@@ -257,7 +269,7 @@ def train_and_evaluate(config, workdir, models, task, tokens, initial, rows, len
     import jax
     import numpy as np
 
-    from metatuner_jax import checkpoint, evaluate, generator, losses, rollout, sharding, train
+    from metatuner_jax import checkpoint, data, evaluate, generator, losses, rollout, sharding, train
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
 
@@ -268,7 +280,8 @@ def train_and_evaluate(config, workdir, models, task, tokens, initial, rows, len
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
         devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
-        write_json(workdir / "config.json", {"config": dataclasses.asdict(config), "versions": versions(), "devices": devices})
+        content = {"config": dataclasses.asdict(config), "versions": versions(), "devices": devices, "data": data.digest(rows, initial)}
+        write_json(workdir / "config.json", content)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
     frozen, params = load_networks(setup, tokens, keys["init"], mesh)

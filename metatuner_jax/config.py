@@ -76,7 +76,8 @@ class TrainConfig:
 
     num_steps: int = _field(100, "updates")
     batch_size: int = _field(16, "queries a step")
-    learning_rate: float = _field(2e-4, "of the hypernetwork and, in 'lora', of the generator")
+    learning_rate: float = _field(2e-4, "of the hypernetwork")
+    generator_rate: float = _field(1.0, "the generator's learning rate over the hypernetwork's")
     warmup_steps: int = _field(5, "steps over which the rate rises from zero")
     decay: str = _field("cosine", "of the rate after that: 'cosine' to a tenth, or 'constant'")
     weight_decay: float = _field(0.0, "AdamW's")
@@ -85,7 +86,6 @@ class TrainConfig:
     prompt_gradient: str = _field("none", "'none': prompts are constants; 'straight_through'")
     sync_every: int = _field(10, "steps between copies of the prompt decoder into its frozen copy")
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
-    log_every: int = _field(1, "steps between lines of metrics.jsonl")
     remat: bool = _field(False, "recompute each layer's activations in the backward pass: less memory, more time")
     max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
 
@@ -188,7 +188,7 @@ def check(config: Config) -> None:
         "generator": ("rank", "max_query_tokens", "max_prompt_tokens"),
         "actor": ("max_answer_tokens",),
         "hyper": ("rank", "hidden"),
-        "train": ("num_steps", "batch_size", "sync_every", "checkpoint_every", "log_every", "max_bad_steps"),
+        "train": ("num_steps", "batch_size", "sync_every", "checkpoint_every", "max_bad_steps"),
         "rollout": ("num_queries", "num_prompts"),
         "eval": ("batch_size", "num_mean", "num_bootstrap"),
         "mesh": ("data", "fsdp", "tensor"),
@@ -201,7 +201,7 @@ def check(config: Config) -> None:
                 raise ValueError(f"{section}.{name}={value} must be at least 1")
     for section, name in (
         ("generator", "scale"), ("generator", "temperature"), ("hyper", "scale"), ("rollout", "temperature"),
-        ("train", "learning_rate"), ("train", "clip_norm"),
+        ("train", "learning_rate"), ("train", "generator_rate"), ("train", "clip_norm"),
     ):  # fmt: skip
         value = getattr(getattr(config, section), name)
         if not 0 < value < float("inf"):
@@ -372,6 +372,8 @@ def _parse(name, kind, text):
 
 
 def _guess(text):
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":  # quotes say that it is text
+        return text[1:-1]
     for kind in (int, float):
         try:
             return kind(text)

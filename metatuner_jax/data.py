@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 
 import numpy as np
 
@@ -65,12 +67,12 @@ class Tokens:
         return allowed
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a piece of text, nothing added at its ends."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Returns the ids of a piece of a longer text, nothing added at its ends."""
+        return encode_piece(self.tokenizer, text)
 
     def plain(self, text: str) -> list[int]:
-        """Returns the ids of a text that somebody wrote, in which the name of a special token is only text."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Returns the ids of a piece that somebody wrote, in which the name of a special token is only text."""
+        return encode_piece(self.tokenizer, text, split_special_tokens=True)
 
     def decode(self, ids, mask=None) -> str:
         """Returns the text of the real tokens, without the end token."""
@@ -79,9 +81,11 @@ class Tokens:
 
     def generator_ids(self, initial_prompt: str, query: str) -> tuple[list[int], list[bool]]:
         """Returns the generator's input for a query, and which of it are the query's own tokens."""
-        text = _render(self.tokenizer, f"Instruction: {initial_prompt}\nQuestion:\n{_QUERY}", self.instruction)
-        before, after = (self.encode(part) for part in text.split(_QUERY))
-        own = self.plain(query)
+        text = _render(self.tokenizer, f"Instruction: {_PROMPT}\nQuestion:\n{_QUERY}", self.instruction)
+        start, rest = text.split(_PROMPT)
+        between, end = rest.split(_QUERY)
+        before = self.encode(start) + self.plain(initial_prompt) + self.encode(between)
+        own, after = self.plain(query), self.encode(end)
         return before + own + after, [False] * len(before) + [True] * len(own) + [False] * len(after)
 
     def query_ids(self, query: str) -> list[int]:
@@ -114,19 +118,36 @@ def make_template(tokenizer) -> Template:
         text = ""
     if _PROMPT not in text:
         text = _render(tokenizer, f"{_PROMPT}\n\n{_QUERY}", None)
-    if text.count(_PROMPT) != 1 or text.count(_QUERY) != 1:
-        raise ValueError("the chat template does not show the system message and the user's message once each: it cannot be used")
+    if text.count(_PROMPT) != 1 or text.count(_QUERY) != 1 or text.index(_PROMPT) > text.index(_QUERY):
+        raise ValueError(
+            "the chat template does not show the system message and then the user's message, once each: it cannot be used; "
+            "take another model, or mend chat_template in its folder"
+        )
     prefix, rest = text.split(_PROMPT)
     between, suffix = rest.split(_QUERY)
     return Template(tuple(tokenizer.encode(prefix, add_special_tokens=False)), between, suffix)
+
+
+def encode_piece(tokenizer, text: str, **settings) -> list[int]:
+    """Returns the ids of a piece from inside a longer text.
+
+    Tokenizers with SentencePiece's word mark put one before every text, as if a word began there: they are shown the piece after a
+    character of its own, which is taken off again.
+    """
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False, **settings)
+    if not tokenizer.convert_ids_to_tokens(encode("a"))[0].startswith("\N{LOWER ONE EIGHTH BLOCK}"):
+        return encode(text)
+    return encode("\x02" + text)[len(encode("\x02")) :]
 
 
 def _render(tokenizer, user, system):
     messages = [{"role": "user", "content": user}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    # Templates of thinking models (Qwen3) open an empty thought when told not to think; others ignore the word.
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    # Thinking models (Qwen3) open an empty thought when told not to think; Llama 3 would write today's date. Others ignore the words.
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, date_string="26 Jul 2024"
+    )
 
 
 # --- rows ---
@@ -178,6 +199,19 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
     return {split: _pad_rows(rows, lengths) for split, rows in encoded.items()}, lengths, too_long
 
 
+def largest_id(rows: dict[str, Rows], tokens: Tokens, initial) -> int:
+    """Returns the largest token id that a run reads."""
+    parts = [getattr(part, name) for part in rows.values() for name in ("generator", "query", "answer")]
+    return max(int(np.max(part)) for part in [*parts, np.array([*tokens.template.prefix, *initial])])
+
+
+def digest(rows: dict[str, Rows], initial) -> dict[str, str]:
+    """Returns a SHA-256 sum of each split's ids, queries and answers, and of the initial prompt's tokens."""
+    texts = {split: [[e.id, e.query, e.answer] for e in part.examples] for split, part in rows.items()}
+    texts["initial_prompt"] = [int(i) for i in initial]
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in texts.items()}
+
+
 def _pad_rows(encoded, lengths):
     examples, generator, own, query, answer = zip(*encoded)
     generator, generator_mask = pad(generator, lengths.generator, "left")
@@ -219,7 +253,7 @@ def batch_at(step: int, rows: Rows, experts, batch_size: int, seed: int) -> dict
     index = order_at(step, len(rows), batch_size, seed)
     expert, expert_mask = experts.tokens_of(index)
     return {
-        "row": index.astype(np.int32), "generator": rows.generator[index], "generator_mask": rows.generator_mask[index],
+        "generator": rows.generator[index], "generator_mask": rows.generator_mask[index],
         "own": rows.own[index], "query": rows.query[index], "query_mask": rows.query_mask[index],
         "answer": rows.answer[index], "answer_mask": rows.answer_mask[index], "expert": expert, "expert_mask": expert_mask,
     }  # fmt: skip

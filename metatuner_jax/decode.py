@@ -1,6 +1,5 @@
 """Sampling from the LLM with a cache: one function for written prompts and for answers."""
 
-import functools
 from typing import Any
 
 import flax.struct
@@ -18,6 +17,7 @@ class Sampled:
 
     tokens: Any  # int32 [b, m]: up to and with the end token, then the end token again
     mask: Any  # bool [b, m]: True up to and with the end token
+    first: Any  # float32 [b]: log-probability, under the model itself, of the first token
 
 
 def gumbel(key, rows: Int[Array, " b"], position, num_tokens: int) -> Float[Array, "b v"]:
@@ -96,7 +96,9 @@ def sample(
     context = transformer.make_context(config, transformer.positions_of(mask), attend, jnp.int32(0))
     x = transformer.embed(params["embed"]["embedding"], tokens, dtype)
     x, caches = transformer.run(config, params["layers"], x, context, loras, tuple(empty(stack) for stack in stacks))
-    token = choose(transformer.logits(config, params, x[:, -1:])[:, 0], 0)
+    scores = transformer.logits(config, params, x[:, -1:])[:, 0]
+    token = choose(scores, 0)
+    first = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
     written = jnp.full((b, max_new_tokens), end_id, jnp.int32).at[:, 0].set(token)
     real = jnp.zeros((b, max_new_tokens), bool).at[:, 0].set(True)
 
@@ -119,17 +121,5 @@ def sample(
 
     start = (jnp.int32(1), token, token == end_id, written, real, columns, caches)
     _, _, _, written, real, _, _ = jax.lax.while_loop(going, step, start)
-    return Sampled(written, real)
+    return Sampled(written, real, first)
 
-
-def make_sampler(config: ModelConfig, *, max_new_tokens: int, end_id: int, top_p: float = 1.0, greedy: bool = False):
-    """Returns sample(params, tokens, mask, allowed, loras=None, key=None, rows=None, temperature=1.0), compiled once a shape."""
-
-    @functools.partial(jax.jit)
-    def sampler(params, tokens, mask, allowed, loras=None, key=None, rows=None, temperature=1.0):
-        return sample(
-            config, params, tokens, mask, max_new_tokens=max_new_tokens, end_id=end_id, allowed=allowed, key=key, rows=rows,
-            temperature=0.0 if greedy else temperature, top_p=top_p, loras=loras,
-        )  # fmt: skip
-
-    return sampler

@@ -130,16 +130,17 @@ def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -
 
 
 def check_in_use(passes, rows, prompt, prompt_mask, adapter) -> None:
-    """Raises RuntimeError where taking the adapter or the prompt away leaves the actor's likelihoods as they were.
+    """Raises RuntimeError where taking the adapter or the prompt away leaves what the actor says as it was.
 
-    A run whose adapter or prompt is not wired to the actor would otherwise report the base model's scores as its own.
+    A run whose adapter or prompt is not wired to the actor would otherwise report the base model's scores as its own. Both ways
+    through the actor are looked at: the one that answers, and the one that weighs given answers in training and rollouts.
     """
     index = np.arange(min(len(rows), passes.batch_size))
     prompt, prompt_mask = prompt[index], prompt_mask[index]
-    with_both = passes.log_likelihood(rows, index, prompt, prompt_mask, adapter)
-    if np.array_equal(with_both, passes.log_likelihood(rows, index, prompt, prompt_mask)):
-        raise RuntimeError("the generated adapter is not in use: the actor's likelihoods are the same without it")
-    words = prompt_mask & (prompt != passes.setup.end_id)
-    without = passes.log_likelihood(rows, index, prompt, np.zeros_like(prompt_mask), adapter)
-    if words.any() and np.array_equal(with_both, without):
-        raise RuntimeError("the written prompt is not in use: the actor's likelihoods are the same without it")
+    words = (prompt_mask & (prompt != passes.setup.end_id)).any()
+    for way, name in ((passes.first_token, "answers"), (passes.log_likelihood, "likelihoods")):
+        with_both = way(rows, index, prompt, prompt_mask, adapter)
+        if np.array_equal(with_both, way(rows, index, prompt, prompt_mask)):
+            raise RuntimeError(f"the generated adapter is not in use: the actor's {name} are the same without it")
+        if words and np.array_equal(with_both, way(rows, index, prompt, np.zeros_like(prompt_mask), adapter)):
+            raise RuntimeError(f"the written prompt is not in use: the actor's {name} are the same without it")

@@ -58,12 +58,19 @@ class Passes:
     def answer(self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering"):
         """Returns greedy answers (tokens, mask). `prompt` and its mask: [n, m]."""
 
+        sampled = self._answers(rows, index, prompt, prompt_mask, adapter, what)
+        return sampled.tokens, sampled.mask
+
+    def first_token(self, rows, index, prompt, prompt_mask, adapter=None) -> np.ndarray:
+        """Returns the log-probability of the first token of each greedy answer, [n]: it moves with all that the actor reads."""
+        return self._answers(rows, index, prompt, prompt_mask, adapter, "checking").first
+
+    def _answers(self, rows, index, prompt, prompt_mask, adapter, what):
         def run(at, *batch):
             return self._answer(self.frozen, adapter(at) if adapter else None, *batch)
 
         part = lambda at: (prompt[at], prompt_mask[at], rows.query[index[at]], rows.query_mask[index[at]])
-        sampled = self._batched(what, len(index), part, run)
-        return sampled.tokens, sampled.mask
+        return self._batched(what, len(index), part, run)
 
     def log_likelihood(self, rows, index, prompt, prompt_mask, adapter=None) -> np.ndarray:
         """Returns the mean log-likelihood of the reference answers, nats per token, [n]."""

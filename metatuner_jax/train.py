@@ -24,7 +24,11 @@ class TrainState:
 
 
 def make_optimizer(config: config_lib.TrainConfig) -> optax.GradientTransformation:
-    """Returns AdamW with clipping by the global norm, a linear warm-up and the decay that the config names."""
+    """Returns AdamW with clipping by the global norm, a linear warm-up, and the decay and rates that the config names.
+
+    The generator has a rate of its own: where it moves fast, the states that the hypernetwork reads and the prompts that the actor reads
+    move under what was learnt from them, and the delta grows without bound.
+    """
     final = 0.1 if config.decay == "cosine" else 1.0
     rate = optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
@@ -33,7 +37,13 @@ def make_optimizer(config: config_lib.TrainConfig) -> optax.GradientTransformati
         decay_steps=max(config.num_steps, config.warmup_steps + 1),
         end_value=final * config.learning_rate,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adamw(rate, weight_decay=config.weight_decay))
+
+    def scale_generator(updates, _):
+        scaled = jax.tree.map(lambda update: config.generator_rate * update, updates)
+        return {**scaled, "hyper": updates["hyper"]}
+
+    adam = optax.adamw(rate, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam, optax.stateless(scale_generator))
 
 
 def init_state(config: config_lib.TrainConfig, params: dict) -> TrainState:
@@ -81,7 +91,7 @@ def fit(setup, frozen, state, train_step, keys, rows, experts, tokens, score, pa
     Args:
       keys: {"step", "rollout"}: the run's keys.
       rows: {"train", "validation"}: `data.Rows`.
-      log: log(metrics), for each logged step.
+      log: log(metrics), for each step.
 
     Raises:
       RuntimeError: too many steps in a row were not finite, or the expert set is not in use.
@@ -105,19 +115,16 @@ def fit(setup, frozen, state, train_step, keys, rows, experts, tokens, score, pa
             if config.train.prompt_weight and not batch["expert_mask"].any(axis=1).all():
                 raise RuntimeError(f"step {step}: the expert set is not in use: a query of the batch has no expert prompt")
             state, metrics = train_step(state, frozen, sharding.place_rows(batch, mesh), keys["step"])
-            text = ""
-            if (step + 1) % config.train.log_every == 0 or step + 1 == total:
-                metrics = {name: np.asarray(value).item() for name, value in metrics.items()}  # waits for the device
-                step_s = time.perf_counter() - start
-                rate = metrics.pop("tokens") / step_s
-                log({"step": step, **_rounded({**metrics, "tokens_per_s": rate, "step_s": step_s}), **extra})
-                text = f"loss {metrics['loss']:.3f}, {rate:.0f} tokens/s"
-                if metrics["bad_steps"] >= config.train.max_bad_steps:
-                    raise RuntimeError(
-                        f"the last {metrics['bad_steps']} steps up to {step} had a loss or gradient that is not finite and were not applied: "
-                        "lower train.learning_rate or hyper.scale, and start again in a new --workdir"
-                    )
-            advance(1, text)
+            metrics = {name: np.asarray(value).item() for name, value in metrics.items()}  # waits for the device
+            step_s = time.perf_counter() - start
+            rate = metrics.pop("tokens") / step_s
+            log({"step": step, **_rounded({**metrics, "tokens_per_s": rate, "step_s": step_s}), **extra})
+            if metrics["bad_steps"] >= config.train.max_bad_steps:
+                raise RuntimeError(
+                    f"the last {metrics['bad_steps']} steps up to {step} had a loss or gradient that is not finite and were not applied: "
+                    "lower train.learning_rate or hyper.scale, and start again in a new --workdir"
+                )
+            advance(1, f"loss {metrics['loss']:.3f}, {rate:.0f} tokens/s")
             if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == total:
                 score_now = evaluate.validate(passes, state.params, rows["validation"], tokens, score)
                 progress.line(f"  step {step + 1}: validation {100 * score_now:.1f}% of {len(rows['validation'])}, checkpoint")

@@ -181,7 +181,7 @@ def make_batch():
     own = generator_mask.copy()
     own[:, -1] = False
     arrays = {
-        "row": np.arange(3, dtype=np.int32), "generator": generator_ids, "generator_mask": generator_mask, "own": own, "query": query,
+        "generator": generator_ids, "generator_mask": generator_mask, "own": own, "query": query,
         "query_mask": query_mask, "answer": answer, "answer_mask": answer_mask, "expert": expert, "expert_mask": expert_mask,
     }  # fmt: skip
     return {name: jnp.array(array) for name, array in arrays.items()}

@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from conftest import GENERATOR, save_model
 
 from experiments import run
@@ -29,12 +31,12 @@ def test_the_tree_and_the_dataclasses_are_the_same():
 
 def test_every_leaf_can_be_overridden_by_its_type():
     found = parsed(
-        "train.num_steps=20", "train.learning_rate=3", "hyper.targets=q,down", "generator.num_shared=none", "train.remat=true",
+        "task.options.question='0'", "train.num_steps=20", "train.learning_rate=3", "hyper.targets=q,down", "generator.num_shared=none", "train.remat=true",
         "task.train=rows.jsonl", "task.options.min_words=3", "task.options.metric=contains", "seed=7", "mesh.data=2",
     )  # fmt: skip
     assert found.train.num_steps == 20 and found.train.learning_rate == 3.0 and found.hyper.targets == ("q", "down")
     assert found.generator.num_shared is None and found.train.remat is True and found.task.train == "rows.jsonl"
-    assert found.task.options == {"min_words": 3, "metric": "contains"} and found.seed == 7 and found.mesh.data == 2
+    assert found.task.options == {"question": "0", "min_words": 3, "metric": "contains"} and found.seed == 7 and found.mesh.data == 2
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,24 @@ def test_the_prompt_is_spliced_into_the_template_as_ids(tokens):
     assert tokens.tokenizer.decode(spliced) == whole
     assert spliced == tokens.encode(whole)
     assert tokens.tokenizer.decode([tokens.end_id]) == "<|im_end|>"
+
+
+def test_pieces_are_cut_as_the_whole_text_where_words_have_sentencepiece_marks(tmp_path):
+    """A tokenizer of Llama 2's kind marks the start of every text as the start of a word; pieces inside a text are none."""
+    words = ["reverse", "one", "two", "say", "the", "words"]
+    alphabet = sorted({c for w in words for c in w} | set("[]/INST:\n\x02"))
+    vocab = {t: i for i, t in enumerate(["<s>", "</s>", "[INST]", "[/INST]", "\u2581", *alphabet])}
+    model = tokenizers.models.BPE(vocab=vocab, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens(["<s>", "</s>", "[INST]", "[/INST]"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ '[INST]' + m['content'] + '[/INST]' }}{% endfor %}"
+    found = data.Tokens(fast, len(fast), "rewrite")
+    whole = fast.apply_chat_template([{"role": "system", "content": "say the words"}, {"role": "user", "content": "reverse one two"}], tokenize=False)
+    spliced = [*found.template.prefix, *found.plain("say the words"), *found.query_ids("reverse one two")]
+    assert fast.convert_ids_to_tokens(spliced) == fast.convert_ids_to_tokens(fast.encode(whole, add_special_tokens=False))
 
 
 def test_templates_without_a_system_role_take_the_prompt_before_the_users_turn(tmp_path):

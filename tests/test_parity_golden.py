@@ -58,8 +58,8 @@ def test_smollm2_writes_greedily_what_torch_writes(smollm2, recorded):
     config, params = smollm2
     tokens, mask = left_padded(recorded, max(len(prompt["ids"]) for prompt in recorded))
     # An end token that is never written: torch's were recorded past the end of the turn.
-    sampler = decode.make_sampler(config, max_new_tokens=len(recorded[0]["greedy"]), end_id=-1, greedy=True)
-    written = np.asarray(sampler(params, tokens, mask, jnp.ones(config.vocab_size, bool)).tokens)
+    settings = {"max_new_tokens": len(recorded[0]["greedy"]), "end_id": -1, "allowed": jnp.ones(config.vocab_size, bool)}
+    written = np.asarray(jax.jit(functools.partial(decode.sample, config, **settings))(params, tokens, mask).tokens)
     assert written.tolist() == [prompt["greedy"] for prompt in recorded]
 
 

@@ -21,7 +21,7 @@ from conftest import WORDS, save_model
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import run
-from metatuner_jax import actor, data, lora, pretrained, rollout
+from metatuner_jax import actor, data, evaluate, lora, pretrained, rollout
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 CONFIG = "from metatuner_jax import config\n\n\ndef get_config():\n    return config.to_tree(config.Config())\n"
@@ -381,14 +381,41 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_left_alone(finished
     assert snapshot(tmp_path) == before
 
 
-def test_checkpoints_without_a_config_are_refused_and_left_alone(finished, root, tmp_path, capfd, no_weights):
-    shutil.copytree(finished.folder / "checkpoints", tmp_path / "run" / "checkpoints")
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "results.json"])
+def test_part_of_a_run_without_its_config_is_refused_and_left_alone(name, finished, root, tmp_path, capfd, no_weights):
+    (tmp_path / "run").mkdir()
+    copy = shutil.copytree if name == "checkpoints" else shutil.copy
+    copy(finished.folder / name, tmp_path / "run" / name)
     before = snapshot(tmp_path)
     assert run.main(command(root, tmp_path / "run")) == 2
-    assert_one_line(
-        capfd.readouterr().err, f"--workdir={tmp_path}/run holds checkpoints and no config.json", "give another --workdir"
-    )
+    assert_one_line(capfd.readouterr().err, f"--workdir={tmp_path}/run holds {name} and no config.json", "give another --workdir")
     assert snapshot(tmp_path) == before
+
+
+def test_a_run_whose_rows_have_changed_is_refused_and_left_alone(finished, root, tmp_path, capfd, no_weights):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    path = root / "train.jsonl"
+    rows = path.read_text()
+    before = snapshot(tmp_path)
+    try:
+        path.write_text(rows.replace("one", "two", 1))
+        assert run.main(command(root, tmp_path / "run")) == 2
+    finally:
+        path.write_text(rows)
+    assert_one_line(capfd.readouterr().err, f"--workdir={tmp_path}/run was begun with other data: train changed", "give another")
+    assert snapshot(tmp_path) == before
+
+
+def test_the_best_checkpoint_is_the_one_that_is_evaluated(finished, root, tmp_path, monkeypatch):
+    scores = iter((1.0, 0.0))
+    monkeypatch.setattr(evaluate, "validate", lambda *_: next(scores))
+    code, output = start(command(root, tmp_path / "run"))
+    assert code == 0 and "taking the checkpoint of step 2, the best on validation rows" in output
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["checkpoint"] == 2
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "4"]
+    state = load_state(tmp_path / "run", 4)  # the training itself went on as without it
+    jax.tree.map(np.testing.assert_array_equal, state, load_state(finished.folder, 4))
 
 
 @pytest.mark.parametrize("below", ["", "run"])
@@ -491,6 +518,19 @@ def test_a_prompt_that_the_actor_does_not_read_fails_the_run(root, tmp_path, mon
 
     monkeypatch.setattr(actor, "splice", splice)
     assert "the written prompt is not in use" in fails(root, tmp_path / "run", capfd, *SHORT)
+
+
+@pytest.mark.parametrize("cut", ["adapter", "prompt"])
+def test_answers_that_take_no_notice_of_it_fail_the_run(cut, root, tmp_path, monkeypatch, capfd):
+    """Likelihoods, and so training and rollouts, are as they should be; only the way to the answers is cut."""
+
+    def answer(setup, frozen, loras, prompt, prompt_mask, *query, answer=actor.answer):
+        if cut == "adapter":
+            return answer(setup, frozen, None, prompt, prompt_mask, *query)
+        return answer(setup, frozen, loras, prompt, jnp.zeros_like(prompt_mask), *query)
+
+    monkeypatch.setattr(actor, "answer", answer)
+    assert f"{cut} is not in use: the actor's answers are the same" in fails(root, tmp_path / "run", capfd, *SHORT)
 
 
 @pytest.mark.parametrize("settings", [SHORT, ()])

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ACTOR, END, GENERATOR, make_setup
+from conftest import END, GENERATOR, make_setup
 
-from metatuner_jax import checkpoint, data, losses, rollout, sharding, train
+from metatuner_jax import checkpoint, data, generator, losses, rollout, sharding, train
 from metatuner_jax.config import MeshConfig
 
 
@@ -241,3 +241,28 @@ def test_refreshes_take_queries_of_the_coming_steps():
     np.testing.assert_array_equal(second, rollout.queries_at(5, 50, settings))
     late = rollout.queries_at(19, 50, settings)  # one step is left, with fewer rows than are asked for
     assert len(set(late)) == 8 and set(data.order_at(19, 50, 4, settings.seed)) <= set(late)
+
+
+def test_the_generator_has_a_learning_rate_of_its_own():
+    params = {"hyper": {"w": jnp.ones(3)}, "shared": {"w": jnp.ones(3)}}
+    grads = jax.tree.map(lambda leaf: jnp.array([1e-3, -2e-3, 3e-3]), params)
+    tx = train.make_optimizer(make_setup(train={"learning_rate": 1e-2, "generator_rate": 0.2, "warmup_steps": 0}).config.train)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["shared"]["w"], 0.2 * updates["hyper"]["w"], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(updates["hyper"]["w"]), 1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_actor_is_neither_learnt_nor_given_away_where_it_is_the_generators_checkpoint(networks, batch, kind):
+    """The step takes its state as its own; what it shares with the frozen weights would be gone or changed after it."""
+    setup = make_setup(generator={"train": kind})
+    base = networks(make_setup())[0].generator
+    setup = generator.Setup(setup.config, GENERATOR, GENERATOR, END, (1, 7))
+    frozen = generator.Frozen(None if kind == "full" else base, base, networks(make_setup())[0].allowed)
+    before = jax.tree.map(np.array, base)
+    state = train.init_state(setup.config.train, generator.init(setup, base, jax.random.key(0)))
+    learning = jax.tree.structure(state.params)
+    state, _ = run_steps(make_step(setup), state, frozen, batch, 2)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, base))
+    assert jax.tree.structure(state.params) == learning == jax.tree.structure(state.opt_state[1][0].mu)
+    assert set(state.params) == {"embed", "shared", "prompt", "hyper"}

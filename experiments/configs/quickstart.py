@@ -41,10 +41,10 @@ def get_config():
             generator=change("generator", max_prompt_tokens=18),
             actor=change("actor", max_answer_tokens=24),
             train=change(
-                "train", num_steps=56, batch_size=8, learning_rate=8e-4, prompt_weight=0.3, prompt_gradient="straight_through",
-                checkpoint_every=28,
+                "train", num_steps=60, batch_size=8, learning_rate=5e-4, generator_rate=0.2, warmup_steps=8, prompt_weight=0.3,
+                prompt_gradient="straight_through", checkpoint_every=30,
             ),  # fmt: skip
-            rollout=change("rollout", every=28, num_queries=32, num_prompts=4),
+            rollout=change("rollout", every=30, num_queries=32, num_prompts=4),
             eval=change("eval", batch_size=40, num_mean=256),
         )
     )
