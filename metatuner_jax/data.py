@@ -81,7 +81,7 @@ class Tokens:
 
     def generator_ids(self, initial_prompt: str, query: str) -> tuple[list[int], list[bool]]:
         """Returns the generator's input for a query, and which of it are the query's own tokens."""
-        text = _render(self.tokenizer, f"Instruction: {_PROMPT}\nQuestion:\n{_QUERY}", self.instruction)
+        text = _render(self.tokenizer, f"Instruction:\n{_PROMPT}\nQuestion:\n{_QUERY}", self.instruction)
         start, rest = text.split(_PROMPT)
         between, end = rest.split(_QUERY)
         before = self.encode(start) + self.plain(initial_prompt) + self.encode(between)
