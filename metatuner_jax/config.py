@@ -166,6 +166,17 @@ class ModelConfig:
     max_positions: int = 2048
 
 
+def make(**settings) -> Config:
+    """Returns the defaults with changes: of a section by a dict of its own, as in make(seed=1, train={"num_steps": 20})."""
+    base = Config()
+
+    def changed(name, value):
+        section = getattr(base, name, None)
+        return dataclasses.replace(section, **value) if dataclasses.is_dataclass(section) and isinstance(value, dict) else value
+
+    return dataclasses.replace(base, **{name: changed(name, value) for name, value in settings.items()})
+
+
 # --- checks that need no model ---
 
 

@@ -1,6 +1,5 @@
 """Fixtures shared by the suite: a tiny language model on disk, and one in memory."""
 
-import dataclasses
 import json
 import os
 
@@ -111,10 +110,7 @@ def make_setup(**sections):
         "train": {"batch_size": 3},
         "actor": {"max_answer_tokens": 4},
     }
-    built = config.Config(dtype="float32")
-    for name in {*defaults, *sections}:
-        values = {**defaults.get(name, {}), **sections.get(name, {})}
-        built = dataclasses.replace(built, **{name: dataclasses.replace(getattr(built, name), **values)})
+    built = config.make(dtype="float32", **{name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {*defaults, *sections}})
     return generator.Setup(built, GENERATOR, ACTOR, END, (1, 7))
 
 

@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct learns to reverse lists of words, on two CPU cores.
 
     python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart
-"""
 
-import dataclasses
+Expected: 0% of 200 unseen test queries before, @@AFTER@@% after; @@TIME@@ minutes on a two-core AMD EPYC, float32.
+"""
 
 from metatuner_jax import config
 
@@ -20,31 +20,30 @@ PROMPTS = (
 
 def get_config():
     """Returns the config tree."""
-    base = config.Config()
-
-    def change(section, **values):
-        return dataclasses.replace(getattr(base, section), **values)
-
     return config.to_tree(
-        dataclasses.replace(
-            base,
+        config.make(
             dtype="float32",  # on most CPUs quicker than bfloat16
-            task=change(
-                "task",
-                name="reasoning_gym:word_sequence_reversal",
-                num_train=512,
-                num_validation=40,
-                num_test=200,
-                initial_prompt=PROMPTS[4],
-                options={"min_words": 3, "max_words": 5},
-            ),
-            generator=change("generator", max_prompt_tokens=18),
-            actor=change("actor", max_answer_tokens=24),
-            train=change(
-                "train", num_steps=60, batch_size=8, learning_rate=5e-4, generator_rate=0.2, warmup_steps=8, prompt_weight=0.3,
-                prompt_gradient="straight_through", checkpoint_every=30,
-            ),  # fmt: skip
-            rollout=change("rollout", every=30, num_queries=32, num_prompts=4),
-            eval=change("eval", batch_size=40, num_mean=256),
+            task={
+                "name": "reasoning_gym:word_sequence_reversal",
+                "options": {"min_words": 3, "max_words": 5},
+                "initial_prompt": PROMPTS[4],
+                "num_train": 512,
+                "num_validation": 40,
+                "num_test": 200,
+            },
+            generator={"max_prompt_tokens": 18},
+            actor={"max_answer_tokens": 24},
+            train={
+                "num_steps": 60,
+                "batch_size": 8,
+                "learning_rate": 5e-4,
+                "generator_rate": 0.2,
+                "warmup_steps": 8,
+                "prompt_weight": 0.3,
+                "prompt_gradient": "straight_through",
+                "checkpoint_every": 30,
+            },
+            rollout={"every": 30, "num_queries": 32, "num_prompts": 4},
+            eval={"batch_size": 40, "num_mean": 256},
         )
     )
