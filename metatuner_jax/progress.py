@@ -1,6 +1,7 @@
 """What a run says while it works: bars in a terminal, plain lines elsewhere."""
 
 import contextlib
+import shutil
 import sys
 import time
 
@@ -26,7 +27,8 @@ class Progress:
     def task(self, what: str, total: int, first: int = 0):
         """Yields advance(count, text=""), to be called as the work goes on."""
         if self.terminal:
-            with tqdm.tqdm(total=total, initial=first, desc=what, file=self.stream, leave=False) as bar:
+            width = shutil.get_terminal_size().columns - 1  # a terminal that does not tell its width would get no bar
+            with tqdm.tqdm(total=total, initial=first, desc=what, file=self.stream, leave=False, ncols=width, mininterval=0) as bar:
 
                 def advance(count, text=""):
                     bar.set_postfix_str(text, refresh=False)
