@@ -7,7 +7,8 @@ Expected: 0% of 200 unseen test queries before, @@AFTER@@% after; @@TIME@@ minut
 
 from metatuner_jax import config
 
-# Written by hand; `python -m experiments.choose_prompt --config experiments/configs/quickstart.py` scores them on validation rows.
+# Written by hand. All score 0% on 64 validation rows, where the answers are likeliest under the fifth:
+# python -m experiments.choose_prompt --config experiments/configs/quickstart.py --config.task.num_validation=64
 PROMPTS = (
     "Reverse the order of the words in the list. Write only the reversed list.",
     "Write the same words in the opposite order, from the last word to the first.",
