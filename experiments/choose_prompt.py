@@ -7,6 +7,7 @@ The candidates are PROMPTS of the config file, or a file with one a line: --prom
 
 import pathlib
 import sys
+import tempfile
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def main(argv=None) -> int:
         if not candidates:
             raise run.Mistake(f"--config={path} has no PROMPTS: add the candidates there, or give --prompts FILE")
         scores = sorted(score(config, candidates), reverse=True)
-    except (run.Mistake, ValueError, IndexError) as error:
+    except (run.Mistake, ValueError, OSError, IndexError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     for strict, flexible, likelihood, tokens, prompt in scores:
@@ -44,7 +45,8 @@ def score(config, candidates):
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
 
-    config, _, models, task, tokens, _, rows, _, _, mesh = run.prepare(config, pathlib.Path("/nonexistent"))
+    with tempfile.TemporaryDirectory() as nothing:  # in place of a run's folder: anybody may write there
+        config, _, models, task, tokens, _, rows, _, _, mesh = run.prepare(config, pathlib.Path(nothing))
     limit = config.generator.max_prompt_tokens
     encoded = [[*tokens.plain(prompt), tokens.end_id] for prompt in candidates]
     for prompt, ids in zip(candidates, encoded):
