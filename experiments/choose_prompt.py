@@ -59,10 +59,10 @@ def score(config, candidates):
     passes = Passes(setup, frozen, mesh, config.eval.batch_size, Progress())
     part, found = rows["validation"], []
     for prompt, ids in zip(candidates, encoded):
-        scores = evaluate.score_before(passes, part, tokens, task.score, ids)
-        likelihood = passes.log_likelihood(part, np.arange(len(part)), *evaluate.repeat(ids, len(part), limit))
+        answered = passes.answer(part, np.arange(len(part)), *evaluate.repeat(ids, len(part), limit), weigh=True)
+        scores = [task.score(text, example) for text, example in zip(evaluate.texts_of(answered, tokens), part.examples)]
         strict, flexible = (float(np.mean([getattr(s, kind) for s in scores])) for kind in ("strict", "flexible"))
-        found.append((strict, flexible, float(likelihood.mean()), len(ids) - 1, prompt))
+        found.append((strict, flexible, float(answered.likelihood.mean()), len(ids) - 1, prompt))
     return found
 
 

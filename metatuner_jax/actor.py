@@ -27,8 +27,10 @@ def answer(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, quer
       loras: None, or the LoRA of each row or of all rows.
     """
     tokens, mask = splice(setup, prompt, prompt_mask, query, query_mask)
+    x = transformer.embed(frozen.actor["embed"]["embedding"], tokens, setup.dtype)
+    prefill = decode.prefill(setup.actor, frozen.actor, x, mask, loras)
     return decode.sample(
-        setup.actor, frozen.actor, tokens, mask, max_new_tokens=setup.config.actor.max_answer_tokens, end_id=setup.end_id,
+        setup.actor, frozen.actor, prefill, max_new_tokens=setup.config.actor.max_answer_tokens, end_id=setup.end_id,
         allowed=frozen.allowed, loras=loras,
     )  # fmt: skip
 

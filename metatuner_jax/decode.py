@@ -1,14 +1,29 @@
-"""Sampling from the LLM with a cache: one function for written prompts and for answers."""
+"""Rows are read once; what comes after them is sampled, or followed where it is given, from their keys and values."""
 
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from metatuner_jax import transformer
 from metatuner_jax.config import ModelConfig
+
+
+@flax.struct.dataclass
+class Prefill:
+    """Rows that were read, as what comes after them needs them. Differentiable."""
+
+    mask: Any  # bool [b, t]: what is real; the last column is, in every row
+    last: Any  # [b, 1, d]: the residual stream after the last layer, in the last column
+    past: Any  # a tuple of `transformer.Cache`, one a stack
+
+    def repeat(self, copies: int) -> "Prefill":
+        """Returns every row `copies` times, the copies of a row together."""
+        past = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=1), self.past)
+        return Prefill(jnp.repeat(self.mask, copies, axis=0), jnp.repeat(self.last, copies, axis=0), past)
 
 
 @flax.struct.dataclass
@@ -49,11 +64,53 @@ def pick(logits: Float[Array, "b v"], noise, temperature, top_p, allowed: Bool[A
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def prefill(
+    config: ModelConfig, params: dict, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], loras=None, remat: bool = False
+) -> Prefill:
+    """Reads rows, for `sample` or `follow`.
+
+    Args:
+      x: the tokens' embeddings (`transformer.embed`). The last column is real in every row: padding stands on the left, or in holes
+        before it.
+      loras: as in `transformer.forward`.
+      remat: recompute activations in the backward pass.
+    """
+    transformer.check_window(config, x.shape[1])
+    context = transformer.make_context(config, transformer.positions_of(mask), transformer.causal(mask))
+    x, past = transformer.run(config, params["layers"], x, context, loras, keep=True, remat=remat)
+    return Prefill(mask, x[:, -1:], past)
+
+
+def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=None, remat: bool = False) -> list:
+    """Returns, for each segment, the last states [b, m, d] from which its tokens are predicted where it comes right after the rows.
+
+    Every segment sees the rows and itself, and no other; all begin at the position after the row. One differentiable pass for all.
+
+    Args:
+      segments: pairs (tokens, mask), int and bool [b, m], padding on the right. A segment's last token is predicted and not read.
+      loras: as in `transformer.forward`, and those with which the rows were read.
+      remat: recompute activations in the backward pass.
+    """
+    b, t = start.mask.shape
+    sizes = [tokens.shape[1] - 1 for tokens, _ in segments]
+    transformer.check_window(config, t + max(sizes))
+    tokens = jnp.concatenate([tokens[:, :-1] for tokens, _ in segments], axis=1)
+    mask = jnp.concatenate([mask[:, :-1] for _, mask in segments], axis=1)
+    number = np.repeat(np.arange(len(sizes)), sizes)
+    itself = transformer.causal(mask) & (number[:, None] == number)
+    attend = jnp.concatenate([jnp.broadcast_to(start.mask[:, None], (b, len(number), t)), itself], axis=-1)
+    positions = jnp.sum(start.mask, axis=1, keepdims=True) + np.concatenate([np.arange(size) for size in sizes])
+    context = transformer.make_context(config, positions, attend)
+    x = transformer.embed(params["embed"]["embedding"], tokens, transformer.dtype_of(params))
+    x, _ = transformer.run(config, params["layers"], x, context, loras, past=start.past, remat=remat)
+    parts = jnp.split(x, np.cumsum(sizes)[:-1], axis=1)
+    return [jnp.concatenate([start.last, part], axis=1) for part in parts]
+
+
 def sample(
     config: ModelConfig,
     params: dict,
-    tokens: Int[Array, "b t"],
-    mask: Bool[Array, "b t"],
+    start: Prefill,
     *,
     max_new_tokens: int,
     end_id: int,
@@ -67,36 +124,27 @@ def sample(
     """Returns at most `max_new_tokens` written after each row, until every row has ended. To be called under jit.
 
     Args:
-      tokens: rows whose last column is real in every row: padding stands on the left, or in holes before the last column.
+      start: what `prefill` made of the rows.
       end_id: the end token; a row that wrote it has ended.
       allowed: tokens that may be written; the end token among them.
       key, rows: the noise's key and each row's number (see `gumbel`); needed where `temperature` is above 0.
       temperature: 0 is greedy.
-      loras: as in `transformer.forward`.
+      loras: as in `transformer.forward`, and those with which the rows were read.
     """
     greedy = isinstance(temperature, (int, float)) and temperature == 0
-    b, t = tokens.shape
+    b, t = start.mask.shape
     length = t + max_new_tokens
     transformer.check_window(config, length)
     dtype = transformer.dtype_of(params)
-    stacks = params["layers"] if isinstance(params["layers"], tuple) else (params["layers"],)
-    position = jnp.sum(mask, axis=-1)  # of the next token
-    columns = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
-
-    def empty(stack):
-        layers = jax.tree.leaves(stack)[0].shape[0]
-        zeros = jnp.zeros((layers, b, config.num_kv_heads, length, config.head_width), dtype)
-        return transformer.Cache(zeros, zeros)
+    position = jnp.sum(start.mask, axis=-1)  # of the next token
+    columns = jnp.pad(start.mask, ((0, 0), (0, max_new_tokens)))
+    caches = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0))), start.past)
 
     def choose(logits, i):
         noise = None if greedy else gumbel(key, rows, i, logits.shape[-1])
         return pick(logits, noise, temperature, top_p, allowed)
 
-    attend = jnp.pad(transformer.causal(mask), ((0, 0), (0, 0), (0, max_new_tokens)))
-    context = transformer.make_context(config, transformer.positions_of(mask), attend, jnp.int32(0))
-    x = transformer.embed(params["embed"]["embedding"], tokens, dtype)
-    x, caches = transformer.run(config, params["layers"], x, context, loras, tuple(empty(stack) for stack in stacks))
-    scores = transformer.logits(config, params, x[:, -1:])[:, 0]
+    scores = transformer.logits(config, params, start.last)[:, 0]
     token = choose(scores, 0)
     first = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
     written = jnp.full((b, max_new_tokens), end_id, jnp.int32).at[:, 0].set(token)
@@ -119,7 +167,7 @@ def sample(
         real = jax.lax.dynamic_update_slice(real, ~ended[:, None], (0, i))
         return i + 1, token, ended | (token == end_id), written, real, columns, caches
 
-    start = (jnp.int32(1), token, token == end_id, written, real, columns, caches)
-    _, _, _, written, real, _, _ = jax.lax.while_loop(going, step, start)
+    first_carry = (jnp.int32(1), token, token == end_id, written, real, columns, caches)
+    _, _, _, written, real, _, _ = jax.lax.while_loop(going, step, first_carry)
     return Sampled(written, real, first)
 

@@ -24,17 +24,21 @@ def derangement(count: int, seed: int) -> np.ndarray:
 def validate(passes, params, rows, tokens, score) -> float:
     """Returns the mean strict score on a split with each query's own greedy prompt and own adapter."""
     index = np.arange(len(rows))
-    h = passes.encode(params, rows, index)
-    prompts = passes.write(params, rows, index)
-    answers, mask = passes.answer(rows, index, *prompts, lambda at: passes.adapt(params["hyper"], h[at]), what="validating")
-    return float(np.mean([score(tokens.decode(a, m), e).strict for a, m, e in zip(answers, mask, rows.examples)]))
+    h, *prompts = passes.write(params, rows, index)
+    answered = passes.answer(rows, index, *prompts, lambda at: passes.adapt(params["hyper"], h[at]), what="validating")
+    return float(np.mean([score(text, e).strict for text, e in zip(texts_of(answered, tokens), rows.examples)]))
+
+
+def texts_of(answered, tokens) -> list[str]:
+    """Returns the answers as text."""
+    return [tokens.decode(ids, mask) for ids, mask in zip(answered.tokens, answered.mask)]
 
 
 def score_before(passes, rows, tokens, score, initial) -> list:
     """Returns the Score of each query for the bare actor with the initial prompt. `initial`: its ids, end token included."""
     prompt, mask = repeat(initial, len(rows), passes.setup.config.generator.max_prompt_tokens)
-    answers, answers_mask = passes.answer(rows, np.arange(len(rows)), prompt, mask, what="before")
-    return [score(tokens.decode(a, m), e) for a, m, e in zip(answers, answers_mask, rows.examples)]
+    answered = passes.answer(rows, np.arange(len(rows)), prompt, mask, what="before")
+    return [score(text, example) for text, example in zip(texts_of(answered, tokens), rows.examples)]
 
 
 def repeat(ids, count: int, length: int):
@@ -60,8 +64,7 @@ def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -
     config = passes.setup.config
     index = np.arange(len(rows))
     other = derangement(len(rows), config.seed)
-    h = passes.encode(params, rows, index)
-    prompt, prompt_mask = passes.write(params, rows, index)
+    h, prompt, prompt_mask = passes.write(params, rows, index)
     start, start_mask = repeat(initial, len(rows), prompt.shape[1])
 
     def adapter_of(states):
@@ -72,8 +75,7 @@ def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -
     mean_lora, energy = passes.mean_adapter(params["hyper"], train_h, config.hyper.rank)
 
     def run(what, adapter, prompts, which=index):
-        answers, mask = passes.answer(rows, which, *prompts, adapter, what=what)
-        texts = [tokens.decode(a, m) for a, m in zip(answers, mask)]
+        texts = texts_of(passes.answer(rows, which, *prompts, adapter, what=what), tokens)
         return texts, [score(text, rows.examples[i]) for text, i in zip(texts, which)]
 
     def run_prompts(what, other, other_mask):
@@ -137,10 +139,13 @@ def check_in_use(passes, rows, prompt, prompt_mask, adapter) -> None:
     """
     index = np.arange(min(len(rows), passes.batch_size))
     prompt, prompt_mask = prompt[index], prompt_mask[index]
+    look = lambda mask, adapter: passes.answer(rows, index, prompt, mask, adapter, what="checking", weigh=True)
+    both, no_adapter = look(prompt_mask, adapter), look(prompt_mask, None)
     words = (prompt_mask & (prompt != passes.setup.end_id)).any()
-    for way, name in ((passes.first_token, "answers"), (passes.log_likelihood, "likelihoods")):
-        with_both = way(rows, index, prompt, prompt_mask, adapter)
-        if np.array_equal(with_both, way(rows, index, prompt, prompt_mask)):
-            raise RuntimeError(f"the generated adapter is not in use: the actor's {name} are the same without it")
-        if words and np.array_equal(with_both, way(rows, index, prompt, np.zeros_like(prompt_mask), adapter)):
-            raise RuntimeError(f"the written prompt is not in use: the actor's {name} are the same without it")
+    no_prompt = look(np.zeros_like(prompt_mask), adapter) if words else None
+    for name, what in (("first", "answers"), ("likelihood", "likelihoods")):
+        with_both = getattr(both, name)
+        if np.array_equal(with_both, getattr(no_adapter, name)):
+            raise RuntimeError(f"the generated adapter is not in use: the actor's {what} are the same without it")
+        if words and np.array_equal(with_both, getattr(no_prompt, name)):
+            raise RuntimeError(f"the written prompt is not in use: the actor's {what} are the same without it")

@@ -45,12 +45,13 @@ class Frozen:
 
 
 @flax.struct.dataclass
-class Packed:
-    """What the packed pass yields."""
+class Query:
+    """What the shared layers yield."""
 
-    h: Any  # [b, d]: the query's state at layer k
-    sampled: Any  # [b, m, d]: last states, from which the sampled prompt's tokens are predicted; None where there is none
-    expert: Any  # [b, m, d]: likewise for the expert prompt
+    h: Any  # float32 [b, d]: the query's state, from which its LoRA is written
+    mask: Any  # bool [b, t]
+    x: Any  # [b, t, d]: the residual stream at layer k, from which the private layers go on
+    past: Any  # a tuple of one `transformer.Cache`: keys and values of the shared layers
 
 
 class Hypernetwork(nn.Module):
@@ -140,42 +141,43 @@ def language_model(setup: Setup, params: dict, frozen: Frozen):
     return {"embed": cast(params["embed"]), "layers": layers, "norm": prompt["norm"], "head": cast(prompt["head"])}, None
 
 
-def packed(
-    setup: Setup, params: dict, frozen: Frozen, tokens, mask, own, expert, expert_mask, sampled=None, sampled_mask=None
-) -> Packed:
-    """Returns the states of one pass over `[query | sampled prompt | expert prompt]`.
-
-    Both prompts see the query and neither the other; both start at the position after the query, and the first token of both is
-    predicted from the query's last column.
+def read(setup: Setup, params: dict, frozen: Frozen, tokens, mask, own) -> Query:
+    """Returns what the shared layers make of the templated queries.
 
     Args:
-      tokens, mask, own: int and bool [b, t]: the templated queries, left-padded; `own` marks the query's own tokens.
-      expert, sampled: int [b, m]: prompts, with their end token; their masks tell what is real. The last token is not read.
+      tokens, mask, own: int and bool [b, t], left-padded; `own` marks the query's own tokens.
     """
-    c, k = setup.generator, setup.num_shared
-    segments = [(expert, expert_mask)] if sampled is None else [(sampled, sampled_mask), (expert, expert_mask)]
-    segments = [(ids[:, :-1], real[:, :-1]) for ids, real in segments]
-    b, t = tokens.shape
-    all_tokens = jnp.concatenate([tokens, *(ids for ids, _ in segments)], axis=1)
-    all_mask = jnp.concatenate([mask, *(real for _, real in segments)], axis=1)
-    number = jnp.concatenate([jnp.full(ids.shape[1], i) for i, (ids, _) in enumerate([(tokens, mask), *segments])])
-    same = (number[:, None] == number) | (number == 0)
-    after = [jnp.sum(mask, axis=1, keepdims=True) + jnp.arange(ids.shape[1]) for ids, _ in segments]
-    positions = jnp.concatenate([transformer.positions_of(mask), *after], axis=1)
-    transformer.check_window(c, t + max(ids.shape[1] for ids, _ in segments))
-    context = transformer.make_context(c, positions, transformer.causal(all_mask) & same)
     weights, loras = language_model(setup, params, frozen)
-    remat = setup.config.train.remat
-    x = transformer.embed(weights["embed"]["embedding"], all_tokens, setup.dtype)
-    bottom, top = (None, None) if loras is None else loras
-    x, _ = transformer.run(c, weights["layers"][0], x, context, bottom, remat=remat)
-    h = pool(setup, x[:, :t], own)
-    x, _ = transformer.run(c, weights["layers"][1], x, context, top, remat=remat)
-    states, start = [], t
-    for ids, _ in segments:
-        states.append(jnp.concatenate([x[:, t - 1 : t], x[:, start : start + ids.shape[1]]], axis=1))
-        start += ids.shape[1]
-    return Packed(h, states[0] if sampled is not None else None, states[-1])
+    x = transformer.embed(weights["embed"]["embedding"], tokens, setup.dtype)
+    x, past = _run_half(setup, weights, loras, 0, x, mask)
+    return Query(pool(setup, x, own), mask, x, past)
+
+
+def start(setup: Setup, params: dict, frozen: Frozen, query: Query) -> decode.Prefill:
+    """Returns the queries as all layers read them: what a prompt begins from."""
+    weights, loras = language_model(setup, params, frozen)
+    x, past = _run_half(setup, weights, loras, 1, query.x, query.mask)
+    return decode.Prefill(query.mask, x[:, -1:], query.past + past)
+
+
+def _run_half(setup, weights, loras, half, x, mask):
+    """Returns the residual stream after the shared (0) or the private (1) layers, and their keys and values."""
+    context = transformer.make_context(setup.generator, transformer.positions_of(mask), transformer.causal(mask))
+    loras = None if loras is None else loras[half]
+    return transformer.run(setup.generator, weights["layers"][half], x, context, loras, keep=True, remat=setup.config.train.remat)
+
+
+def packed(setup: Setup, params: dict, frozen: Frozen, prefill: decode.Prefill, prompts) -> list:
+    """Returns, for each of several prompts a query, the last states [b, m, d] from which its tokens are predicted.
+
+    They go through the generator in one pass; each sees the query and none of the others.
+
+    Args:
+      prefill: what `start` made of the queries.
+      prompts: pairs (tokens, mask), int and bool [b, m], with their end token.
+    """
+    weights, loras = language_model(setup, params, frozen)
+    return decode.follow(setup.generator, weights, prefill, prompts, loras, setup.config.train.remat)
 
 
 def pool(setup: Setup, x: Float[Array, "b t d"], own: Bool[Array, "b t"]) -> Float[Array, "b d"]:
@@ -192,23 +194,18 @@ def adapt(setup: Setup, hyper: dict, h: Float[Array, "b d"]) -> dict[str, Lora]:
     return Hypernetwork(setup.config.hyper, setup.actor).apply({"params": hyper}, h)
 
 
-def encode(setup: Setup, params: dict, frozen: Frozen, tokens, mask, own) -> Float[Array, "b d"]:
-    """Returns the query's state at layer k, as `packed` does, from the shared layers alone."""
-    weights, loras = language_model(setup, params, frozen)
-    context = transformer.make_context(setup.generator, transformer.positions_of(mask), transformer.causal(mask))
-    x = transformer.embed(weights["embed"]["embedding"], tokens, setup.dtype)
-    x, _ = transformer.run(setup.generator, weights["layers"][0], x, context, None if loras is None else loras[0])
-    return pool(setup, x, own)
-
-
 def write(
-    setup: Setup, params: dict, frozen: Frozen, tokens, mask, key=None, rows=None, temperature: float | Float[Array, ""] = 0.0
+    setup: Setup, params: dict, frozen: Frozen, prefill: decode.Prefill, key=None, rows=None, temperature: float | Float[Array, ""] = 0.0
 ) -> decode.Sampled:
-    """Returns a prompt for each query, greedy at temperature 0. Parameters are constants here: no gradient is kept."""
-    params = jax.lax.stop_gradient(params)
+    """Returns a prompt for each query, greedy at temperature 0. All that is given is constant here: no gradient is kept.
+
+    Args:
+      prefill: what `start` made of the queries.
+    """
+    params, prefill = jax.lax.stop_gradient((params, prefill))
     weights, loras = language_model(setup, params, frozen)
     return decode.sample(
-        setup.generator, weights, tokens, mask, max_new_tokens=setup.config.generator.max_prompt_tokens, end_id=setup.end_id,
+        setup.generator, weights, prefill, max_new_tokens=setup.config.generator.max_prompt_tokens, end_id=setup.end_id,
         allowed=frozen.allowed, key=key, rows=rows, temperature=temperature, loras=loras,
     )  # fmt: skip
 

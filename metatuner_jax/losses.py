@@ -59,22 +59,25 @@ def joint_loss(setup, params, prompt_copy, frozen, batch, key):
     rows = jnp.arange(batch["generator"].shape[0])
     relaxed = config.train.prompt_gradient == "straight_through"
     writer = params if relaxed else {**params, "prompt": prompt_copy}
-    query = (batch["generator"], batch["generator_mask"])
-    sampled = generator.write(setup, writer, frozen, *query, key, rows, config.generator.temperature)
-    sampled = jax.lax.stop_gradient(sampled)
+    query = generator.read(setup, params, frozen, batch["generator"], batch["generator_mask"], batch["own"])
+    prefill = generator.start(setup, params, frozen, query)
+    begin = prefill if relaxed else generator.start(setup, writer, frozen, query)
+    sampled = generator.write(setup, writer, frozen, begin, key, rows, config.generator.temperature)
 
-    extra = (sampled.tokens, sampled.mask) if relaxed else ()
-    states = generator.packed(setup, params, frozen, *query, batch["own"], batch["expert"], batch["expert_mask"], *extra)
-    loras = generator.adapt(setup, params["hyper"], states.h)
+    prompts = [(batch["expert"], batch["expert_mask"])]
+    if relaxed:
+        prompts.append((sampled.tokens, sampled.mask))
+    expert_states, *sampled_states = generator.packed(setup, params, frozen, prefill, prompts)
+    loras = generator.adapt(setup, params["hyper"], query.h)
     weights, _ = generator.language_model(setup, params, frozen)
     embedding = None
     if relaxed:
-        logits = transformer.logits(setup.generator, weights, states.sampled)
+        logits = transformer.logits(setup.generator, weights, sampled_states[0])
         source = frozen.actor["embed"]["embedding"]
         embedding = generator.relaxed_prompt(setup, logits, sampled, source, frozen.allowed, key, rows)
 
     task = task_loss(setup, frozen, loras, batch, sampled.tokens, sampled.mask, embedding)
-    prompt = prompt_loss(setup, weights, states.expert, batch)
+    prompt = prompt_loss(setup, weights, expert_states, batch)
     written, expert = jnp.sum(sampled.mask), jnp.sum(batch["expert_mask"])
     words = jnp.sum(sampled.mask & (sampled.tokens != setup.end_id))
     read = jnp.sum(batch["generator_mask"]) + expert + written

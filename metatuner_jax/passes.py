@@ -1,9 +1,29 @@
 """The compiled passes that rollouts and evaluation share, run over any number of rows in batches of one shape."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
 from metatuner_jax import actor, generator, lora, sharding
+
+
+class Written(NamedTuple):
+    """Prompts, and the states of their queries."""
+
+    h: np.ndarray  # float32 [n, d]: state at layer k of each query
+    tokens: np.ndarray  # int32 [n * copies, m]: the prompts of a query stand together
+    mask: np.ndarray  # bool [n * copies, m]
+
+
+class Answered(NamedTuple):
+    """Greedy answers."""
+
+    tokens: np.ndarray  # int32 [n, m]
+    mask: np.ndarray  # bool [n, m]
+    first: np.ndarray  # float32 [n]: log-probability of the first token; it moves with all that the actor reads
+    likelihood: np.ndarray | None  # float32 [n]: mean log-likelihood of the reference answer, nats per token; None if not asked for
 
 
 class Passes:
@@ -16,31 +36,34 @@ class Passes:
     def __init__(self, setup, frozen, mesh, batch_size: int, progress):
         self.setup, self.frozen, self.mesh, self.batch_size, self.progress = setup, frozen, mesh, batch_size, progress
 
-        def compiled(function):
-            return jax.jit(lambda *args: function(setup, *args))
-
-        self._encode = compiled(generator.encode)
-        self._write = compiled(generator.write)
-        self._adapt = compiled(generator.adapt)
-        self._answer = compiled(actor.answer)
-        self._log_likelihood = compiled(actor.log_likelihood)
+        self._encode = jax.jit(functools.partial(_encode, setup))
+        self._write = jax.jit(functools.partial(_write, setup), static_argnums=6)
+        self._adapt = jax.jit(functools.partial(generator.adapt, setup))
+        self._answer = jax.jit(functools.partial(_answer, setup))
 
     def encode(self, params, rows, index) -> np.ndarray:
         """Returns the queries' states at layer k, float32 [n, d]."""
-        part = lambda at: (rows.generator[index[at]], rows.generator_mask[index[at]], rows.own[index[at]])
-        return self._batched("reading queries", len(index), part, lambda at, *batch: self._encode(params, self.frozen, *batch))
+        run = lambda at, *batch: self._encode(params, self.frozen, *batch)
+        return self._batched("reading queries", len(index), self._queries(rows, index), run)
 
-    def write(self, params, rows, index, key=None, temperature: float = 0.0):
-        """Returns prompts (tokens, mask), greedy without a key. A sample depends on the key and the place in `index` alone."""
+    def write(self, params, rows, index, key=None, temperature: float = 0.0, copies: int = 1) -> Written:
+        """Returns prompts, greedy without a key, or `copies` samples a query, which is read once for all of them.
 
-        def run(at, tokens, mask, numbers):
-            if key is None:
-                return self._write(params, self.frozen, tokens, mask)
-            return self._write(params, self.frozen, tokens, mask, key, numbers, temperature)
+        A sample depends on the key, the place in `index` and its number among the copies alone.
+        """
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        size = parts * -(-self.batch_size // (copies * parts))
 
-        part = lambda at: (rows.generator[index[at]], rows.generator_mask[index[at]], at.astype(np.int32))
-        sampled = self._batched("writing prompts", len(index), part, run)
-        return sampled.tokens, sampled.mask
+        def run(at, *batch):
+            noise = (key, sharding.place_rows(at.astype(np.int32), self.mesh), temperature) if key is not None else (None, None, 0.0)
+            h, sampled = self._write(params, self.frozen, *batch, copies, *noise)
+            return h, *(leaf.reshape(len(at), copies, -1) for leaf in (sampled.tokens, sampled.mask))
+
+        h, tokens, mask = self._batched("writing prompts", len(index), self._queries(rows, index), run, size)
+        return Written(h, *(leaf.reshape(len(index) * copies, -1) for leaf in (tokens, mask)))
+
+    def _queries(self, rows, index):
+        return lambda at: (rows.generator[index[at]], rows.generator_mask[index[at]], rows.own[index[at]])
 
     def adapt(self, hyper, h: np.ndarray):
         """Returns the LoRA that the hypernetwork writes for states h [n, d]."""
@@ -55,43 +78,52 @@ class Passes:
             batches.append(jax.tree.map(lambda leaf: leaf[:, :size], self.adapt(hyper, h[at])))
         return lora.mean(batches, rank)
 
-    def answer(self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering"):
-        """Returns greedy answers (tokens, mask). `prompt` and its mask: [n, m]."""
+    def answer(self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering", weigh: bool = False) -> Answered:
+        """Returns greedy answers. `prompt` and its mask: [n, m]. `weigh`: also how likely the reference answers are."""
 
-        sampled = self._answers(rows, index, prompt, prompt_mask, adapter, what)
-        return sampled.tokens, sampled.mask
-
-    def first_token(self, rows, index, prompt, prompt_mask, adapter=None) -> np.ndarray:
-        """Returns the log-probability of the first token of each greedy answer, [n]: it moves with all that the actor reads."""
-        return self._answers(rows, index, prompt, prompt_mask, adapter, "checking").first
-
-    def _answers(self, rows, index, prompt, prompt_mask, adapter, what):
         def run(at, *batch):
-            return self._answer(self.frozen, adapter(at) if adapter else None, *batch)
+            sampled, likelihood = self._answer(self.frozen, adapter(at) if adapter else None, *batch)
+            return Answered(sampled.tokens, sampled.mask, sampled.first, likelihood)
 
-        part = lambda at: (prompt[at], prompt_mask[at], rows.query[index[at]], rows.query_mask[index[at]])
+        def part(at):
+            at, row = at, index[at]
+            reference = (rows.answer[row], rows.answer_mask[row]) if weigh else ()
+            return prompt[at], prompt_mask[at], rows.query[row], rows.query_mask[row], *reference
+
         return self._batched(what, len(index), part, run)
 
-    def log_likelihood(self, rows, index, prompt, prompt_mask, adapter=None) -> np.ndarray:
-        """Returns the mean log-likelihood of the reference answers, nats per token, [n]."""
-
-        def run(at, *batch):
-            return self._log_likelihood(self.frozen, adapter(at) if adapter else None, *batch)
-
-        part = lambda at: (
-            prompt[at], prompt_mask[at], rows.query[index[at]], rows.query_mask[index[at]], rows.answer[index[at]],
-            rows.answer_mask[index[at]],
-        )  # fmt: skip
-        return self._batched("weighing prompts", len(index), part, run)
-
-    def _batched(self, what, count, part, run):
+    def _batched(self, what, count, part, run, batch_size=None):
         """Returns run(places, *part(places)) over all places, in batches of one size, the last filled up with its last row."""
+        batch_size = batch_size or self.batch_size
         outputs = []
         with self.progress.task(what, count) as advance:
-            for start in range(0, count, self.batch_size):
-                at = np.minimum(np.arange(start, start + self.batch_size), count - 1)
+            for start in range(0, count, batch_size):
+                at = np.minimum(np.arange(start, start + batch_size), count - 1)
                 result = run(at, *sharding.place_rows(part(at), self.mesh))
-                size = min(self.batch_size, count - start)
+                size = min(batch_size, count - start)
                 outputs.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:size], result))
                 advance(size)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
+
+
+# --- what is compiled ---
+
+
+def _encode(setup, params, frozen, tokens, mask, own):
+    return generator.read(setup, params, frozen, tokens, mask, own).h
+
+
+def _write(setup, params, frozen, tokens, mask, own, copies, key, places, temperature):
+    query = generator.read(setup, params, frozen, tokens, mask, own)
+    prefill = generator.start(setup, params, frozen, query)
+    if copies > 1:
+        prefill = prefill.repeat(copies)
+        places = places[:, None] * copies + np.arange(copies)
+        places = places.reshape(-1)
+    return query.h, generator.write(setup, params, frozen, prefill, key, places, temperature)
+
+
+def _answer(setup, frozen, loras, prompt, prompt_mask, query, query_mask, *reference):
+    rows = (prompt, prompt_mask, query, query_mask)
+    likelihood = actor.log_likelihood(setup, frozen, loras, *rows, *reference) if reference else None
+    return actor.answer(setup, frozen, loras, *rows), likelihood

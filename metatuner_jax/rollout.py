@@ -112,7 +112,7 @@ def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: in
     config = passes.setup.config
     chosen = queries_at(step, len(rows), config)
     n = config.rollout.num_prompts
-    prompt, prompt_mask = passes.write(params, rows, np.repeat(chosen, n), key, config.rollout.temperature)
+    h, prompt, prompt_mask = passes.write(params, rows, chosen, key, config.rollout.temperature, copies=n)
 
     candidates = []  # (place in chosen, ids with the end token), the incumbent first
     for place, row in enumerate(chosen):
@@ -132,19 +132,17 @@ def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: in
     tried = np.array([list(words) + [0] * (width - len(words)) for _, words in candidates], np.int32)
     tried_mask = np.array([[True] * len(words) + [False] * (width - len(words)) for _, words in candidates])
     index = chosen[owner]
-    h = passes.encode(params, rows, chosen)
     adapter = lambda at: passes.adapt(params["hyper"], h[owner[at]])
-    answers, answers_mask = passes.answer(rows, index, tried, tried_mask, adapter, what="rollouts: answering")
-    likelihood = passes.log_likelihood(rows, index, tried, tried_mask, adapter)
+    answered = passes.answer(rows, index, tried, tried_mask, adapter, what="rollouts: answering", weigh=True)
 
     attempts = []
     for i, (place, words) in enumerate(candidates):
-        text = tokens.decode(answers[i], answers_mask[i])
+        text = tokens.decode(answered.tokens[i], answered.mask[i])
         example = rows.examples[chosen[place]]
         attempts.append(
             {
                 "step": step, "id": example.id, "prompt": tokens.decode(words), "answer": text,
-                "score": score(text, example).strict, "log_likelihood": round(float(likelihood[i]), 6), "best": False,
+                "score": score(text, example).strict, "log_likelihood": round(float(answered.likelihood[i]), 6), "best": False,
                 "tokens": list(words),
             }  # fmt: skip
         )

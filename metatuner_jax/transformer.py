@@ -24,7 +24,7 @@ class Context:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of a stack of layers; written at column `Context.start`."""
+    """Keys and values of some columns, in every layer of a stack."""
 
     k: Any  # [l, b, n, s, h], n KV heads
     v: Any  # [l, b, n, s, h]
@@ -63,11 +63,13 @@ class Block(nn.Module):
     """One layer: attention and gated feed-forward, each on the normalised residual stream."""
 
     config: ModelConfig
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, carry, loras, context):
+    def __call__(self, carry, per_layer, context):
         c = self.config
         x, cache, layer = carry
+        loras, past = per_layer
         loras = loras or {}
 
         def project(name, y, use_bias=False):
@@ -80,6 +82,9 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
         q, k = rotate(q, context), rotate(k, context)
+        own = Cache(k, v) if self.keep else None
+        if past is not None:
+            k, v = jnp.concatenate([past.k, k], axis=2), jnp.concatenate([past.v, v], axis=2)
         if cache is not None:
             at = (layer, 0, 0, context.start, 0)
             cache = Cache(jax.lax.dynamic_update_slice(cache.k, k[None], at), jax.lax.dynamic_update_slice(cache.v, v[None], at))
@@ -88,25 +93,26 @@ class Block(nn.Module):
         x = x + project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
         x = x + project("down", jax.nn.silu(project("gate", y)) * project("up", y))
-        return (x, cache, layer + 1), None
+        return (x, cache, layer + 1), own
 
 
 class Stack(nn.Module):
-    """Layers run one after the other by a scan; every parameter and LoRA has a leading layer axis."""
+    """Layers run one after the other by a scan; every parameter, LoRA and past key has a leading layer axis."""
 
     config: ModelConfig
     num_layers: int
     remat: bool = False
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, x, context, loras=None, cache=None):
+    def __call__(self, x, context, loras=None, cache=None, past=None):
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         scan = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=self.num_layers
         )
         # The cache is part of the carry, so that its columns are updated in place.
-        (x, cache, _), _ = scan(self.config, name="layers")((x, cache, jnp.int32(0)), loras, context)
-        return x, cache
+        (x, cache, _), own = scan(self.config, self.keep, name="layers")((x, cache, jnp.int32(0)), (loras, past), context)
+        return x, own if self.keep else cache
 
 
 # --- parts of a layer ---
@@ -190,25 +196,27 @@ def embed(embedding: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype) -> F
     return embedding[tokens].astype(dtype)
 
 
-def run(config, layers, x, context, loras=None, caches=None, remat=False):
-    """Returns the residual stream after all layers, and the caches written.
+def run(config, layers, x, context, loras=None, caches=None, past=None, keep=False, remat=False):
+    """Returns the residual stream after all layers, and a tuple of caches, one a stack: those written, or with `keep` the tokens' own.
 
     Args:
       layers: a stack, or a tuple of stacks to be run in turn (such as the two halves of a cut one).
       loras: None, or for each projection a Lora with as many layers as all stacks together, or a tuple of these, one a stack.
-      caches: None, or a tuple of caches, one a stack.
+      caches: None, or a tuple of caches, to be written in place at column `context.start`: what decoding takes.
+      past: None, or a tuple of caches whose columns stand before the tokens' own: what a differentiable pass takes.
+      keep: return the keys and values of the tokens themselves, as `past` takes them.
     """
     stacks = layers if isinstance(layers, tuple) else (layers,)
     sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
     if not isinstance(loras, tuple):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         loras = tuple(None if loras is None else cut(loras, start, start + size) for start, size in zip(starts, sizes))
-    written = []
+    made = []
     for i, (stack, size) in enumerate(zip(stacks, sizes)):
-        cache = None if caches is None else caches[i]
-        x, cache = Stack(config, size, remat).apply({"params": {"layers": stack}}, x, context, loras[i], cache)
-        written.append(cache)
-    return x, None if caches is None else tuple(written)
+        cache, before = (None if given is None else given[i] for given in (caches, past))
+        x, cache = Stack(config, size, remat, keep).apply({"params": {"layers": stack}}, x, context, loras[i], cache, before)
+        made.append(cache)
+    return x, tuple(made)
 
 
 def logits(config: ModelConfig, params: dict, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

@@ -14,7 +14,17 @@ def jitted(function, setup):
     return jax.jit(functools.partial(function, setup))
 
 
-PACK = ("generator", "generator_mask", "own", "expert", "expert_mask")
+QUERY = ("generator", "generator_mask", "own")
+
+
+def prefilled(setup, params, frozen, batch):
+    """Returns the batch's queries as all layers of the generator read them."""
+    query = generator.read(setup, params, frozen, *(batch[name] for name in QUERY))
+    return generator.start(setup, params, frozen, query)
+
+
+def write(setup, params, frozen, batch, *noise):
+    return generator.write(setup, params, frozen, prefilled(setup, params, frozen, batch), *noise)
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +79,34 @@ def test_zero_weights_leave_a_static_lora(networks):
 def test_the_packed_pass_equals_separate_passes(networks, batch, sampled, train, pool):
     setup = make_setup(generator={"train": train}, hyper={"pool": pool})
     frozen, params = networks(setup)
-    packed = jitted(generator.packed, setup)(params, frozen, *(batch[k] for k in PACK), sampled.tokens, sampled.mask)
+    prompts = [(sampled.tokens, sampled.mask), (batch["expert"], batch["expert_mask"])]
+
+    @jax.jit
+    def run(params, frozen, batch, prompts):
+        query = generator.read(setup, params, frozen, *(batch[name] for name in QUERY))
+        return query.h, generator.packed(setup, params, frozen, generator.start(setup, params, frozen, query), prompts)
+
+    h, packed = run(params, frozen, batch, prompts)
     weights, loras = generator.language_model(setup, params, frozen)
     for row in range(3):
         query = batch["generator"][row, batch["generator_mask"][row]]
-        for states, ids, mask in ((packed.sampled, sampled.tokens, sampled.mask), (packed.expert, batch["expert"], batch["expert_mask"])):
+        for states, (ids, mask) in zip(packed, prompts):
             ids = np.array(ids[row])[np.array(mask[row])]
             alone = scores_of(GENERATOR, weights, np.concatenate([query, ids]), loras)[len(query) - 1 : -1]
             together = transformer.logits(GENERATOR, weights, states[row : row + 1])[0, : len(ids)]
             np.testing.assert_allclose(together, alone, atol=3e-5)
-    h = jitted(generator.encode, setup)(params, frozen, batch["generator"], batch["generator_mask"], batch["own"])
-    np.testing.assert_allclose(packed.h, h, atol=1e-5)
+        own = jnp.array(batch["own"][row, batch["generator_mask"][row]])[None]
+        alone = state_at_layer_k(setup, params, frozen, query)
+        np.testing.assert_allclose(h[row], generator.pool(setup, alone, own)[0], atol=1e-5)
+
+
+def state_at_layer_k(setup, params, frozen, ids):
+    """Returns the residual stream [1, t, d] of one query, without padding, after the shared layers alone."""
+    weights, loras = generator.language_model(setup, params, frozen)
+    mask = jnp.ones((1, len(ids)), bool)
+    context = transformer.make_context(GENERATOR, transformer.positions_of(mask), transformer.causal(mask))
+    x = transformer.embed(weights["embed"]["embedding"], jnp.array(ids)[None], jnp.float32)
+    return transformer.run(GENERATOR, weights["layers"][0], x, context, loras and loras[0])[0]
 
 
 def test_the_query_state_is_normalised_and_the_mean_is_over_its_own_tokens(networks, batch):
@@ -97,7 +124,7 @@ def test_the_query_state_is_normalised_and_the_mean_is_over_its_own_tokens(netwo
 def test_written_prompts_are_the_same_whether_shared_layers_are_cut_or_not(networks, batch):
     setup = make_setup()
     frozen, params = networks(setup)
-    out = jitted(generator.write, setup)(params, frozen, batch["generator"], batch["generator_mask"])
+    out = jitted(write, setup)(params, frozen, batch)
     weights, loras = generator.language_model(setup, params, frozen)
     ids = list(batch["generator"][1, batch["generator_mask"][1]])
     for step in range(int(out.mask[1].sum())):
@@ -139,9 +166,9 @@ def test_the_relaxation_uses_the_noise_that_picked_the_tokens(networks, batch, m
     frozen, params = networks(setup)
     seen = {}
 
-    def write(setup, params, frozen, tokens, mask, key, rows, temperature, plain=generator.write):
+    def write(setup, params, frozen, prefill, key, rows, temperature, plain=generator.write):
         seen["write"] = (jax.random.key_data(key), np.array(rows), temperature)
-        seen["sampled"] = plain(setup, params, frozen, tokens, mask, key, rows, temperature)
+        seen["sampled"] = plain(setup, params, frozen, prefill, key, rows, temperature)
         return seen["sampled"]
 
     def relaxed(setup, logits, sampled, embedding, allowed, key, rows, plain=generator.relaxed_prompt):
@@ -228,11 +255,10 @@ def test_the_frozen_copy_writes_the_prompts_where_they_are_constants(networks, b
     frozen, params = networks(setup)
     other = {**params, "prompt": randomise(params["prompt"], 99, 3.0)}
     key, rows = jax.random.key(0), jnp.arange(3)
-    query = (batch["generator"], batch["generator_mask"])
-    by_copy = jitted(generator.write, setup)(other, frozen, *query, key, rows, 1.0)
+    by_copy = jitted(write, setup)(other, frozen, batch, key, rows, 1.0)
     joint = jitted(losses.joint_loss, setup)
     _, metrics = joint(params, other["prompt"], frozen, batch, key)
-    h = jitted(generator.encode, setup)(params, frozen, *query, batch["own"])
+    h = jitted(generator.read, setup)(params, frozen, *(batch[name] for name in QUERY)).h
     loras = generator.adapt(setup, params["hyper"], h)
     task = jitted(losses.task_loss, setup)(frozen, loras, batch, by_copy.tokens, by_copy.mask)
     assert float(metrics["task_loss"]) == pytest.approx(float(task), rel=1e-5)
@@ -246,7 +272,7 @@ def test_task_gradients_are_those_of_finite_differences(networks, batch):
     fixed = (batch["expert"], batch["expert_mask"])
 
     def loss(params):  # the task term at fixed prompts, which are constants anyway
-        h = generator.encode(setup, params, frozen, batch["generator"], batch["generator_mask"], batch["own"])
+        h = generator.read(setup, params, frozen, *(batch[name] for name in QUERY)).h
         return losses.task_loss(setup, frozen, generator.adapt(setup, params["hyper"], h), batch, *fixed)
 
     check_directions(
@@ -259,8 +285,9 @@ def test_prompt_gradients_are_those_of_finite_differences(networks, batch):
     frozen, params = networks(setup)
 
     def loss(params):
-        states = generator.packed(setup, params, frozen, *(batch[k] for k in PACK))
-        return losses.prompt_loss(setup, generator.language_model(setup, params, frozen)[0], states.expert, batch)
+        prefill = prefilled(setup, params, frozen, batch)
+        (states,) = generator.packed(setup, params, frozen, prefill, [(batch["expert"], batch["expert_mask"])])
+        return losses.prompt_loss(setup, generator.language_model(setup, params, frozen)[0], states, batch)
 
     check_directions(loss, params, [("shared", "q", "b"), ("prompt", "v", "a")])
 

@@ -59,7 +59,13 @@ def test_smollm2_writes_greedily_what_torch_writes(smollm2, recorded):
     tokens, mask = left_padded(recorded, max(len(prompt["ids"]) for prompt in recorded))
     # An end token that is never written: torch's were recorded past the end of the turn.
     settings = {"max_new_tokens": len(recorded[0]["greedy"]), "end_id": -1, "allowed": jnp.ones(config.vocab_size, bool)}
-    written = np.asarray(jax.jit(functools.partial(decode.sample, config, **settings))(params, tokens, mask).tokens)
+
+    @jax.jit
+    def write(params, tokens, mask):
+        x = transformer.embed(params["embed"]["embedding"], tokens, jnp.float32)
+        return decode.sample(config, params, decode.prefill(config, params, x, mask), **settings).tokens
+
+    written = np.asarray(write(params, tokens, mask))
     assert written.tolist() == [prompt["greedy"] for prompt in recorded]
 
 

@@ -140,7 +140,18 @@ def test_mean_delta_at_full_rank_is_the_mean_of_the_dense_deltas():
 def run_sample(params, tokens, mask, **settings):
     allowed = settings.pop("allowed", np.ones(ACTOR.vocab_size, bool))
     settings = {"max_new_tokens": 6, "end_id": END, **settings}
-    return jax.jit(lambda p, t, m: decode.sample(ACTOR, p, t, m, allowed=jnp.array(allowed), **settings))(params, tokens, mask)
+    loras = settings.pop("loras", None)
+
+    @jax.jit
+    def run(params, tokens, mask):
+        prefill = read(ACTOR, params, tokens, mask, loras)
+        return decode.sample(ACTOR, params, prefill, allowed=jnp.array(allowed), loras=loras, **settings)
+
+    return run(params, tokens, mask)
+
+
+def read(config, params, tokens, mask, loras=None):
+    return decode.prefill(config, params, transformer.embed(params["embed"]["embedding"], jnp.array(tokens), jnp.float32), jnp.array(mask), loras)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +175,29 @@ def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded):
             if token == END:
                 break
         assert int(out.mask[row].sum()) == len(ids) - mask[row].sum()
+
+
+def test_copies_of_rows_that_were_read_once_are_as_if_read_one_by_one(params, left_padded):
+    noise = {"max_new_tokens": 6, "end_id": END, "allowed": jnp.ones(ACTOR.vocab_size, bool), "key": jax.random.key(5)}
+    noise |= {"rows": jnp.arange(6), "temperature": 2.0}
+    tokens, mask = left_padded
+    once = jax.jit(lambda p: decode.sample(ACTOR, p, read(ACTOR, p, tokens, mask).repeat(2), **noise))(params)
+    each = jax.jit(lambda p: decode.sample(ACTOR, p, read(ACTOR, p, tokens.repeat(2, 0), mask.repeat(2, 0)), **noise))(params)
+    np.testing.assert_array_equal(once.tokens, each.tokens)
+    assert not np.array_equal(once.tokens[0], once.tokens[1])
+
+
+def test_segments_that_follow_see_the_rows_and_not_each_other(params, left_padded):
+    tokens, mask = left_padded
+    rng = np.random.default_rng(8)
+    segments = [(jnp.array(rng.integers(3, 61, (3, m))), jnp.ones((3, m), bool)) for m in (4, 3)]
+    loras = loras_for(3)
+    states = jax.jit(lambda p: decode.follow(ACTOR, p, read(ACTOR, p, tokens, mask, loras), segments, loras))(params)
+    for row in range(3):
+        ids, mine = tokens[row, mask[row]], jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
+        for found, (segment, _) in zip(states, segments):
+            alone = scores_of(ACTOR, params, [*ids, *segment[row]], mine)[len(ids) - 1 : -1]
+            np.testing.assert_allclose(transformer.logits(ACTOR, params, found[row : row + 1])[0], alone, atol=3e-5)
 
 
 def test_a_row_that_ended_writes_only_end_tokens(params, left_padded):
