@@ -7,7 +7,6 @@ The candidates are PROMPTS of the config file, or a file with one a line: --prom
 
 import pathlib
 import sys
-import tempfile
 
 import numpy as np
 
@@ -45,19 +44,18 @@ def score(config, candidates):
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
 
-    with tempfile.TemporaryDirectory() as nothing:  # in place of a run's folder: anybody may write there
-        config, _, models, task, tokens, _, rows, _, _, mesh = run.prepare(config, pathlib.Path(nothing))
+    job = run.prepare(config)
+    tokens, task = job.tokens, job.task
     limit = config.generator.max_prompt_tokens
     encoded = [[*tokens.plain(prompt), tokens.end_id] for prompt in candidates]
     for prompt, ids in zip(candidates, encoded):
         if len(ids) > limit:
             raise run.Mistake(f"generator.max_prompt_tokens={limit} is less than {prompt!r} needs ({len(ids)} with the end token): raise it")
-    setup = generator.Setup(config, *models, tokens.end_id, tokens.template.prefix)
     _, actor = pretrained.load(config.actor.model, config.dtype)
-    actor = transformer.cut_vocabulary(actor, setup.actor.vocab_size)
-    frozen = sharding.place(generator.Frozen(None, actor, tokens.allowed), mesh)
-    passes = Passes(setup, frozen, mesh, config.eval.batch_size, Progress())
-    part, found = rows["validation"], []
+    actor = transformer.cut_vocabulary(actor, job.setup.actor.vocab_size)
+    frozen = sharding.place(generator.Frozen(None, actor, tokens.allowed), job.mesh)
+    passes = Passes(job.setup, frozen, job.mesh, config.eval.batch_size, Progress())
+    part, found = job.rows["validation"], []
     for prompt, ids in zip(candidates, encoded):
         answered = passes.answer(part, np.arange(len(part)), *evaluate.repeat(ids, len(part), limit), weigh=True)
         scores = [task.score(text, example) for text, example in zip(evaluate.texts_of(answered, tokens), part.examples)]

@@ -11,6 +11,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 from metatuner_jax import config as config_lib
 from metatuner_jax import tasks
@@ -40,14 +41,20 @@ def main(argv=None) -> int:
         return 0
     try:
         path, workdir, assignments = parse(argv)
-        prepared = prepare(load_config(path, assignments), workdir)
+        config = load_config(path, assignments)
+        saved = check_workdir(config, workdir)
+        if saved is not None and (workdir / "results.json").exists():
+            print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
+            print(table(read_json(workdir / "results.json"), _first_predictions(workdir)))
+            return 0
+        job = prepare(config)
+        if saved is not None:
+            check_saved(job, workdir, saved)
     except (Mistake, ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    if prepared is None:
-        return 0
     try:
-        train_and_evaluate(*prepared)
+        train_and_evaluate(job, workdir)
     except (RuntimeError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
@@ -122,8 +129,22 @@ def _text(value):
 # --- all that can go wrong before anything slow ---
 
 
-def prepare(config, workdir):
-    """Returns what `train_and_evaluate` takes, or None where the run is finished. Writes nothing and loads no weights."""
+@dataclasses.dataclass
+class Job:
+    """All of a run that is known before any weights are loaded."""
+
+    setup: Any  # generator.Setup: the config, both architectures
+    task: Any  # tasks.Task
+    tokens: Any  # data.Tokens
+    initial: list[int]  # ids of the initial prompt, end token included
+    rows: dict  # split name -> data.Rows
+    lengths: Any  # data.Lengths
+    too_long: dict  # split name -> (queries, answers) above the limits
+    mesh: Any
+
+
+def check_workdir(config, workdir):
+    """Returns the content of the folder's config.json, None where there is none; raises Mistake where the folder is not this run's."""
     existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not existing.is_dir():
         raise Mistake(f"--workdir={workdir}: {existing} is a file: name a folder")
@@ -135,17 +156,21 @@ def prepare(config, workdir):
         if differing:
             raise Mistake(f"--workdir={workdir} holds another run: {'; '.join(differing[:4])}; give another --workdir")
         if (workdir / "results.json").exists():
-            print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
-            print(table(read_json(workdir / "results.json"), _first_predictions(workdir)))
-            return None
+            return saved
     for name in ("checkpoints", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json"):
         if saved is None and (workdir / name).exists():
             raise Mistake(f"--workdir={workdir} holds {name} and no config.json: it is not a run of ours; give another --workdir")
     if not os.access(existing, os.W_OK):
         raise Mistake(f"--workdir={workdir}: {existing} cannot be written to; give another --workdir")
+    return saved
+
+
+def prepare(config) -> Job:
+    """Returns the job that a config describes; raises Mistake or ValueError where it cannot be done. Loads no weights."""
     tasks.check(config.task)
 
-    from metatuner_jax import data, pretrained
+    from metatuner_jax import data, pretrained, sharding
+    from metatuner_jax.generator import Setup
 
     generator, actor = (of_model(config, role, pretrained.load_config) for role in ("generator", "actor"))
     config_lib.check_model(config, generator, actor)
@@ -176,28 +201,33 @@ def prepare(config, workdir):
             f"actor.model={config.actor.model!r}: its tokenizer gives the id {highest}, and the embeddings of generator and actor have "
             f"{vocab_size} rows: the tokenizer does not belong to the weights"
         )
-    changed = [name for name, found in data.digest(rows, initial).items() if saved and saved.get("data", {}).get(name) != found]
-    if changed:
-        raise Mistake(f"--workdir={workdir} was begun with other data: {', '.join(changed)} changed since; give another --workdir")
     check_lengths(config, generator, actor, lengths, len(tokens.template.prefix))
     if len(rows["test"]) < 2:
         raise Mistake(
             f"task.num_test={config.task.num_test} leaves {len(rows['test'])} test row, and at least 2 are needed: the shuffled controls give "
             "each query another one's prompt; raise it, or give task.test more rows"
         )
-
-    from metatuner_jax import sharding
-
     mesh = sharding.make_mesh(config.mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if size % ways:
             raise Mistake(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")
-    if (workdir / "checkpoints").exists():
-        check_checkpoint(config, workdir, generator, actor)
     for role in ("generator", "actor"):
         of_model(config, role, pretrained.check_weights)
-    return config, workdir, (generator, actor), task, tokens, initial, rows, lengths, too_long, mesh
+    setup = Setup(config, generator, actor, tokens.end_id, tokens.template.prefix)
+    return Job(setup, task, tokens, initial, rows, lengths, too_long, mesh)
+
+
+def check_saved(job, workdir, saved):
+    """Raises Mistake or ValueError where a run that was begun in the folder cannot go on with this data and these models."""
+    from metatuner_jax import data
+
+    found = data.digest(job.rows, job.initial)
+    changed = [name for name in found if saved.get("data", {}).get(name) != found[name]]
+    if changed:
+        raise Mistake(f"--workdir={workdir} was begun with other data: {', '.join(changed)} changed since; give another --workdir")
+    if (workdir / "checkpoints").exists():
+        check_checkpoint(job.setup, workdir)
 
 
 def of_model(config, role, read):
@@ -209,19 +239,18 @@ def of_model(config, role, read):
         raise Mistake(f"{role}.model={name!r} cannot be used: {error}") from None
 
 
-def check_checkpoint(config, workdir, generator_shape, actor_shape):
+def check_checkpoint(setup, workdir):
     """Raises ValueError where the newest checkpoint of the folder is of another architecture, from shapes alone."""
     import jax
 
     from metatuner_jax import checkpoint, generator, train, transformer
 
-    setup = generator.Setup(config, generator_shape, actor_shape, 0, ())
     k = setup.num_shared
 
     def init(key):
-        base = transformer.init(generator_shape, key)
-        base["layers"] = transformer.cut(base["layers"], 0, k), transformer.cut(base["layers"], k, generator_shape.num_layers)
-        return train.init_state(config.train, generator.init(setup, base, key))
+        base = transformer.init(setup.generator, key)
+        base["layers"] = transformer.cut(base["layers"], 0, k), transformer.cut(base["layers"], k, setup.generator.num_layers)
+        return train.init_state(setup.config.train, generator.init(setup, base, key))
 
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
     try:
@@ -264,19 +293,19 @@ def differences(old, new, path=""):
 # --- the run ---
 
 
-def train_and_evaluate(config, workdir, models, task, tokens, initial, rows, lengths, too_long, mesh):
+def train_and_evaluate(job, workdir):
     """Does the whole run in its folder."""
     import jax
     import numpy as np
 
-    from metatuner_jax import checkpoint, data, evaluate, generator, losses, rollout, sharding, train
+    from metatuner_jax import checkpoint, data, evaluate, losses, rollout, sharding, train
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
 
     began = time.perf_counter()
     progress = Progress()
-    setup = generator.Setup(config, *models, tokens.end_id, tokens.template.prefix)
-    introduce(progress, setup, task, rows, lengths, too_long, mesh)
+    setup, config, task, tokens, initial, rows = job.setup, job.setup.config, job.task, job.tokens, job.initial, job.rows
+    introduce(progress, job)
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
         devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
@@ -284,8 +313,8 @@ def train_and_evaluate(config, workdir, models, task, tokens, initial, rows, len
         write_json(workdir / "config.json", content)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
-    frozen, params = load_networks(setup, tokens, keys["init"], mesh)
-    state = sharding.place(train.init_state(config.train, params), mesh)
+    frozen, params = load_networks(setup, tokens, keys["init"], job.mesh)
+    state = sharding.place(train.init_state(config.train, params), job.mesh)
     del params
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     progress.line(f"parameters: {count / 1e6:.1f} million learn, {_millions(frozen)} million are frozen")
@@ -310,11 +339,11 @@ def train_and_evaluate(config, workdir, models, task, tokens, initial, rows, len
             with metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**metrics, "wall_s": round(time.perf_counter() - began, 1)}) + "\n")
 
-        passes = Passes(setup, frozen, mesh, config.eval.batch_size, progress)
+        passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress)
         loss_fn = lambda *args: losses.joint_loss(setup, *args)
         step = train.make_train_step(loss_fn, train.make_optimizer(config.train), config.train.sync_every)
         state = train.fit(
-            setup, frozen, state, step, keys, rows, experts, tokens, task.score, passes, checkpoints, mesh, log
+            setup, frozen, state, step, keys, rows, experts, tokens, task.score, passes, checkpoints, job.mesh, log
         )  # fmt: skip
         best = checkpoints.best()
         if best not in (None, config.train.num_steps):
@@ -372,10 +401,11 @@ def load_networks(setup, tokens, key, mesh):
     return generator.Frozen(frozen_generator, actor, allowed), learning
 
 
-def introduce(progress, setup, task, rows, lengths, too_long, mesh):
+def introduce(progress, job):
     """Prints what is about to run, and what was dropped."""
     import jax
 
+    setup, task, rows = job.setup, job.task, job.rows
     config = setup.config
     device = jax.devices()[0]
     progress.line(f"{config.method} on {task.name}, seed {config.seed}")
@@ -383,9 +413,9 @@ def introduce(progress, setup, task, rows, lengths, too_long, mesh):
         f"generator: {config.generator.model}, {setup.generator.num_layers} layers of {setup.generator.width}, {setup.num_shared} shared, "
         f"train={config.generator.train}; actor: {config.actor.model}, {setup.actor.num_layers} layers of {setup.actor.width}"
     )
-    progress.line(f"device: {jax.device_count()} x {device.device_kind} ({jax.default_backend()}), {config.dtype}, mesh {dict(mesh.shape)}")
-    progress.line("rows: " + ", ".join(f"{len(part)} {name}" for name, part in rows.items()) + f"; longest: {_lengths(lengths)}")
-    for split, (queries, answers) in too_long.items():
+    progress.line(f"device: {jax.device_count()} x {device.device_kind} ({jax.default_backend()}), {config.dtype}, mesh {dict(job.mesh.shape)}")
+    progress.line("rows: " + ", ".join(f"{len(part)} {name}" for name, part in rows.items()) + f"; longest: {_lengths(job.lengths)}")
+    for split, (queries, answers) in job.too_long.items():
         if queries or answers:
             done = "dropped" if config.data.too_long == "drop" else "cut"
             progress.line(

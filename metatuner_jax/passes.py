@@ -37,7 +37,7 @@ class Passes:
         self.setup, self.frozen, self.mesh, self.batch_size, self.progress = setup, frozen, mesh, batch_size, progress
 
         self._encode = jax.jit(functools.partial(_encode, setup))
-        self._write = jax.jit(functools.partial(_write, setup), static_argnums=6)
+        self._write = jax.jit(functools.partial(_write, setup), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
         self._answer = jax.jit(functools.partial(_answer, setup))
 
@@ -55,8 +55,8 @@ class Passes:
         size = parts * -(-self.batch_size // (copies * parts))
 
         def run(at, *batch):
-            noise = (key, sharding.place_rows(at.astype(np.int32), self.mesh), temperature) if key is not None else (None, None, 0.0)
-            h, sampled = self._write(params, self.frozen, *batch, copies, *noise)
+            noise = () if key is None else (key, at.astype(np.int32), temperature)
+            h, sampled = self._write(copies, params, self.frozen, *batch, *noise)
             return h, *(leaf.reshape(len(at), copies, -1) for leaf in (sampled.tokens, sampled.mask))
 
         h, tokens, mask = self._batched("writing prompts", len(index), self._queries(rows, index), run, size)
@@ -113,13 +113,11 @@ def _encode(setup, params, frozen, tokens, mask, own):
     return generator.read(setup, params, frozen, tokens, mask, own).h
 
 
-def _write(setup, params, frozen, tokens, mask, own, copies, key, places, temperature):
+def _write(setup, copies, params, frozen, tokens, mask, own, key=None, places=None, temperature=0.0):
     query = generator.read(setup, params, frozen, tokens, mask, own)
-    prefill = generator.start(setup, params, frozen, query)
-    if copies > 1:
-        prefill = prefill.repeat(copies)
-        places = places[:, None] * copies + np.arange(copies)
-        places = places.reshape(-1)
+    prefill = generator.start(setup, params, frozen, query).repeat(copies)
+    if places is not None:
+        places = (places[:, None] * copies + np.arange(copies, dtype=np.int32)).reshape(-1)
     return query.h, generator.write(setup, params, frozen, prefill, key, places, temperature)
 
 

@@ -20,8 +20,8 @@ import pytest
 from conftest import WORDS, save_model
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import run
-from metatuner_jax import actor, data, evaluate, lora, pretrained, rollout
+from experiments import choose_prompt, run
+from metatuner_jax import actor, data, evaluate, lora, passes, pretrained, rollout
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 CONFIG = "from metatuner_jax import config\n\n\ndef get_config():\n    return config.to_tree(config.Config())\n"
@@ -546,3 +546,45 @@ def test_experts_that_reach_no_batch_fail_the_run(settings, root, tmp_path, monk
 def test_winners_that_do_not_become_experts_fail_the_run(root, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(rollout.Experts, "_take", lambda self, attempts: None)
     assert "the expert set does not hold the winning prompt of query 'train-" in fails(root, tmp_path / "run", capfd)
+
+
+# --- choosing the initial prompt ---
+
+
+def choose(root, *arguments):
+    """Returns (exit code, what was printed) of choose_prompt on the small run's config."""
+    settings = [word for word in command(root, "unused") if word not in ("--workdir", "unused")]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = choose_prompt.main([*settings, *arguments])
+    return code, output.getvalue()
+
+
+def test_prompts_are_ranked_by_their_scores_on_validation_rows(root, tmp_path, monkeypatch):
+    prompts = ("say the words", "reverse the list", "zero")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    seen = []
+
+    def answer(self, rows, index, prompt, mask, *args, answer=passes.Passes.answer, **settings):
+        seen.append([example.id for example in rows.examples])
+        answered = answer(self, rows, index, prompt, mask, *args, **settings)
+        # The actor is random: the second prompt is made to have the likelier answers.
+        return answered._replace(likelihood=answered.likelihood + 50 * (len(seen) == 2))
+
+    monkeypatch.setattr(passes.Passes, "answer", answer)
+    monkeypatch.chdir(tmp_path)
+    code, output = choose(root, "--prompts", str(tmp_path / "prompts.txt"))
+    lines = output.splitlines()
+    assert code == 0 and len(lines) == 3 and lines[0].endswith("tokens  reverse the list")
+    assert lines[0].startswith("strict   0.0%  flexible   0.0%  log-likelihood ")
+    assert len(seen) == 3 and all(id.startswith("validation-") for ids in seen for id in ids)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_choosing_among_no_prompts_or_too_long_ones_is_refused(root, tmp_path, capfd, no_weights):
+    assert choose(root)[0] == 2
+    assert_one_line(capfd.readouterr().err, "config.py has no PROMPTS", "--prompts FILE")
+    (tmp_path / "long.txt").write_text("zero one " * 20)
+    assert choose(root, "--prompts", str(tmp_path / "long.txt"))[0] == 2
+    assert_one_line(capfd.readouterr().err, "generator.max_prompt_tokens=8 is less than", "raise it")
+    assert choose(root, "--prompts", str(tmp_path / "none.txt"))[0] == 2
+    assert_one_line(capfd.readouterr().err, f"--prompts={tmp_path}/none.txt is no file")

@@ -1,0 +1,163 @@
+"""What evaluation and rollouts compute, against loops over single queries written here."""
+
+import functools
+import io
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import END, make_batch, make_setup
+
+from metatuner_jax import actor, data, decode, evaluate, generator, lora, rollout, sharding, tasks
+from metatuner_jax.config import MeshConfig
+from metatuner_jax.passes import Passes
+from metatuner_jax.progress import Progress
+
+INITIAL = [5, 6, END]
+
+
+class Numbers:
+    """Stands in for `data.Tokens`: the text of a row is its ids."""
+
+    end_id = END
+
+    def decode(self, ids, mask=None):
+        return " ".join(str(i) for i in np.asarray(ids)[np.asarray(mask) if mask is not None else slice(None)] if i != END)
+
+
+def score(text, example):
+    """Scores that differ between any two texts, so that equal means are no chance."""
+    value = (zlib.crc32(f"{text}|{example.id}".encode()) % 1009) / 1009
+    return tasks.Score(value, min(1.0, value + 0.1))
+
+
+def make_rows(count):
+    """Returns rows out of the batch of three, their queries moved so that all differ."""
+    batch = {name: np.concatenate([np.array(leaf)] * -(-count // 3))[:count] for name, leaf in make_batch().items()}
+    shift = np.arange(count)[:, None] // 3 * 7
+    for name in ("generator", "query"):
+        batch[name] = np.where(batch[name + "_mask"], 3 + (batch[name] - 3 + shift) % 58, 0).astype(np.int32)
+    examples = tuple(tasks.Example(f"test-{i}", str(i), "", "") for i in range(count))
+    names = ("generator", "generator_mask", "own", "query", "query_mask", "answer", "answer_mask")
+    return data.Rows(examples, *(batch[name] for name in names))
+
+
+@pytest.fixture(scope="module")
+def tuned(networks):
+    """(setup, frozen, params, passes, rows), batches of 4 over 7 rows: the last one is filled up."""
+    setup = make_setup(eval={"batch_size": 4, "num_mean": 5, "num_bootstrap": 50}, rollout={"every": 2, "num_queries": 3, "num_prompts": 2})
+    frozen, params = networks(setup)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return setup, frozen, params, Passes(setup, frozen, mesh, 4, Progress(io.StringIO())), make_rows(7)
+
+
+class Alone:
+    """The same networks for one query at a time."""
+
+    def __init__(self, setup, frozen, params, rows):
+        self.frozen, self.params, self.rows, self.length = frozen, params, rows, setup.config.generator.max_prompt_tokens
+
+        def write(params, frozen, tokens, mask, own):
+            query = generator.read(setup, params, frozen, tokens, mask, own)
+            return query.h, generator.write(setup, params, frozen, generator.start(setup, params, frozen, query))
+
+        self._write = jax.jit(write)
+        self._adapt = jax.jit(lambda hyper, h: generator.adapt(setup, hyper, h))
+        self._answer = jax.jit(functools.partial(actor.answer, setup))
+
+    def write(self, i):
+        """Returns (LoRA, ids of the greedy prompt) of a query."""
+        at = slice(i, i + 1)
+        h, sampled = self._write(self.params, self.frozen, *(leaf[at] for leaf in (self.rows.generator, self.rows.generator_mask, self.rows.own)))
+        return self._adapt(self.params["hyper"], h), [int(t) for t in sampled.tokens[0][sampled.mask[0]]]
+
+    def answer(self, i, loras, prompt):
+        """Returns the text of a query's answer under a prompt."""
+        tokens, mask = data.pad([prompt], self.length, "right")
+        sampled = self._answer(self.frozen, loras, tokens, mask, self.rows.query[i : i + 1], self.rows.query_mask[i : i + 1])
+        return Numbers().decode(sampled.tokens[0], sampled.mask[0])
+
+
+def test_every_control_is_what_its_name_says(tuned):
+    setup, frozen, params, passes, rows = tuned
+    before = evaluate.score_before(passes, rows, Numbers(), score, INITIAL)
+    results, predictions = evaluate.evaluate(passes, params, rows, rows, Numbers(), score, INITIAL, before)
+
+    alone, n = Alone(setup, frozen, params, rows), len(rows)
+    loras, prompts = zip(*(alone.write(i) for i in range(n)))
+    other = evaluate.derangement(n, setup.config.seed)
+    mean, energy = lora.mean(list(loras[: setup.config.eval.num_mean]), setup.config.hyper.rank)
+
+    def texts(adapter, prompt):
+        return [alone.answer(i, adapter(i), prompt(i)) for i in range(n)]
+
+    def mean_of(found, kind="strict"):
+        return np.mean([getattr(score(text, example), kind) for text, example in zip(found, rows.examples)])
+
+    own = lambda i: loras[i]
+    own_prompt = lambda i: prompts[i]
+    after = texts(own, own_prompt)
+    expected = {
+        ("before",): texts(lambda i: None, lambda i: INITIAL),
+        ("adapter", "own"): after,
+        ("adapter", "shuffled"): texts(lambda i: loras[other[i]], own_prompt),
+        ("adapter", "mean"): texts(lambda i: mean, own_prompt),
+        ("adapter", "none"): texts(lambda i: None, own_prompt),
+        ("prompt", "own"): after,
+        ("prompt", "shuffled"): texts(own, lambda i: prompts[other[i]]),
+        ("prompt", "initial"): texts(own, lambda i: INITIAL),
+    }
+    for path, found in expected.items():
+        assert functools.reduce(dict.__getitem__, path, results)["mean"] == pytest.approx(mean_of(found)), path
+    means = [round(mean_of(found), 6) for found in expected.values()]
+    assert len(set(means)) == 7  # only the two that are the same thing are equal
+    assert results["after_flexible"]["mean"] == pytest.approx(mean_of(after, "flexible"))
+    assert results["mean_adapter_energy"] == pytest.approx(energy, abs=1e-5) and energy < 0.999
+    assert [p["answer"] for p in predictions] == after
+    assert [p["prompt"] for p in predictions] == [Numbers().decode(prompt) for prompt in prompts]
+    assert results["prompts"]["distinct"] == len(set(prompts_text := [p["prompt"] for p in predictions])) > 1
+    assert results["prompts"]["share_initial"] == np.mean([text == "5 6" for text in prompts_text])
+
+
+def test_the_prompt_with_the_best_answer_wins_and_is_what_the_next_batch_learns(tuned, tmp_path):
+    setup, frozen, params, passes, rows = tuned
+    experts = rollout.Experts(tmp_path / "experts.jsonl", [e.id for e in rows.examples], INITIAL, setup.config.generator.max_prompt_tokens)
+    found = rollout.refresh(passes, params, jax.random.key(4), rows, experts, Numbers(), score, 0)
+
+    attempts = [json.loads(line) for line in (tmp_path / "experts.jsonl").read_text().splitlines()]
+    alone = Alone(setup, frozen, params, rows)
+    winners = {}
+    for attempt in attempts:
+        i = int(attempt["id"].removeprefix("test-"))
+        assert attempt["answer"] == alone.answer(i, alone.write(i)[0], attempt["tokens"])
+        assert attempt["score"] == score(attempt["answer"], rows.examples[i]).strict
+        winners[i] = max(winners.get(i, attempt), attempt, key=lambda a: a["score"])
+    assert len(winners) == found["rollout_queries"] == 3 and len(attempts) == found["rollout_attempts"] > 6
+    assert found["rollout_changed"] == sum(w["tokens"] != INITIAL for w in winners.values()) > 0
+
+    for step in range(3):
+        batch = data.batch_at(step, rows, experts, 3, setup.config.seed)
+        for i, ids, mask in zip(data.order_at(step, 7, 3, setup.config.seed), batch["expert"], batch["expert_mask"]):
+            assert list(ids[mask]) == (winners[i]["tokens"] if i in winners else INITIAL)
+
+
+def test_samples_of_a_query_that_is_read_once_are_those_of_its_copies(tuned):
+    setup, frozen, params, passes, rows = tuned
+    key = jax.random.key(9)
+    index = np.array([6, 0, 3, 1, 4])
+    together = passes.write(params, rows, index, key, 1.5, copies=3)
+
+    def write(params, frozen, tokens, mask, own):
+        prefill = generator.start(setup, params, frozen, generator.read(setup, params, frozen, tokens, mask, own))
+        return generator.write(setup, params, frozen, prefill, key, jnp.arange(15), 1.5)
+
+    copies = np.repeat(index, 3)
+    each = jax.jit(write)(params, frozen, rows.generator[copies], rows.generator_mask[copies], rows.own[copies])
+    assert isinstance(each, decode.Sampled)
+    np.testing.assert_array_equal(together.tokens, each.tokens)
+    np.testing.assert_array_equal(together.mask, each.mask)
+    assert len({tuple(row) for row in together.tokens}) > 5
+    np.testing.assert_allclose(together.h, passes.encode(params, rows, index), atol=1e-5)
