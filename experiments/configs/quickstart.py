@@ -35,16 +35,16 @@ def get_config():
             generator={"max_prompt_tokens": 18},
             actor={"max_answer_tokens": 24},
             train={
-                "num_steps": 60,
-                "batch_size": 8,
+                "num_steps": 84,
+                "batch_size": 6,
                 "learning_rate": 5e-4,
                 "generator_rate": 0.2,
                 "warmup_steps": 8,
                 "prompt_weight": 0.3,
                 "prompt_gradient": "straight_through",
-                "checkpoint_every": 30,
+                "checkpoint_every": 42,
             },
-            rollout={"every": 30, "num_queries": 32, "num_prompts": 4},
+            rollout={"every": 42, "num_queries": 32, "num_prompts": 4},
             eval={"batch_size": 40, "num_mean": 256},
         )
     )
