@@ -21,7 +21,7 @@ smoke: $(VENV)/.installed-test
 
 # The same logits from torch and from here, on fresh random models; torch is needed for nothing else.
 parity: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet torch==2.13.0 accelerate
 	$(BIN)/python -m pytest tests/parity
 
 check: $(VENV)/.installed-test
