@@ -208,7 +208,7 @@ def prepare(config) -> Job:
             "each query another one's prompt; raise it, or give task.test more rows"
         )
     mesh = sharding.make_mesh(config.mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.row_parts(mesh)
     for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if size % ways:
             raise Mistake(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")

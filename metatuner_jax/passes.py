@@ -51,7 +51,7 @@ class Passes:
 
         A sample depends on the key, the place in `index` and its number among the copies alone.
         """
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parts = sharding.row_parts(self.mesh)
         size = parts * -(-self.batch_size // (copies * parts))
 
         def run(at, *batch):
@@ -86,7 +86,7 @@ class Passes:
             return Answered(sampled.tokens, sampled.mask, sampled.first, likelihood)
 
         def part(at):
-            at, row = at, index[at]
+            row = index[at]
             reference = (rows.answer[row], rows.answer_mask[row]) if weigh else ()
             return prompt[at], prompt_mask[at], rows.query[row], rows.query_mask[row], *reference
 

@@ -1,5 +1,6 @@
 """The mesh, and where each array stands on it: a short list of path patterns."""
 
+import math
 import re
 
 import jax
@@ -67,6 +68,11 @@ def place(tree, mesh):
         return jax.device_put(leaf, NamedSharding(mesh, spec_at(path_text(path), np.shape(leaf), mesh)))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def row_parts(mesh) -> int:
+    """Returns into how many parts the mesh splits the rows of a batch, which their number must be a multiple of."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def place_rows(batch, mesh):
