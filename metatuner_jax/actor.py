@@ -20,8 +20,8 @@ def splice(setup: Setup, prompt, prompt_mask, query, query_mask):
     return tokens, jnp.concatenate([jnp.ones(prefix.shape, bool), words, query_mask], axis=1)
 
 
-def answer(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask) -> decode.Sampled:
-    """Returns the greedy answers.
+def answer(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask, max_tokens: int) -> decode.Sampled:
+    """Returns the greedy answers, of at most `max_tokens` tokens with their end token.
 
     Args:
       loras: None, or the LoRA of each row or of all rows.
@@ -30,7 +30,7 @@ def answer(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, quer
     x = transformer.embed(frozen.actor["embed"]["embedding"], tokens, setup.dtype)
     prefill = decode.prefill(setup.actor, frozen.actor, x, mask, loras)
     return decode.sample(
-        setup.actor, frozen.actor, prefill, max_new_tokens=setup.config.actor.max_answer_tokens, end_id=setup.end_id,
+        setup.actor, frozen.actor, prefill, max_new_tokens=max_tokens, end_id=setup.end_id,
         allowed=frozen.allowed, loras=loras,
     )  # fmt: skip
 

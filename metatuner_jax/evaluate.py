@@ -135,11 +135,12 @@ def check_in_use(passes, rows, prompt, prompt_mask, adapter) -> None:
     """Raises RuntimeError where taking the adapter or the prompt away leaves what the actor says as it was.
 
     A run whose adapter or prompt is not wired to the actor would otherwise report the base model's scores as its own. Both ways
-    through the actor are looked at: the one that answers, and the one that weighs given answers in training and rollouts.
+    through the actor are looked at: the one that answers, by its first token's probability, and the one that weighs given answers in
+    training and rollouts.
     """
     index = np.arange(min(len(rows), passes.batch_size))
     prompt, prompt_mask = prompt[index], prompt_mask[index]
-    look = lambda mask, adapter: passes.answer(rows, index, prompt, mask, adapter, what="checking", weigh=True)
+    look = lambda mask, adapter: passes.answer(rows, index, prompt, mask, adapter, what="checking", weigh=True, max_tokens=1)
     both, no_adapter = look(prompt_mask, adapter), look(prompt_mask, None)
     words = (prompt_mask & (prompt != passes.setup.end_id)).any()
     no_prompt = look(np.zeros_like(prompt_mask), adapter) if words else None

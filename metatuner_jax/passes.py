@@ -39,7 +39,7 @@ class Passes:
         self._encode = jax.jit(functools.partial(_encode, setup))
         self._write = jax.jit(functools.partial(_write, setup), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
-        self._answer = jax.jit(functools.partial(_answer, setup))
+        self._answer = jax.jit(functools.partial(_answer, setup), static_argnums=0)
 
     def encode(self, params, rows, index) -> np.ndarray:
         """Returns the queries' states at layer k, float32 [n, d]."""
@@ -78,11 +78,20 @@ class Passes:
             batches.append(jax.tree.map(lambda leaf: leaf[:, :size], self.adapt(hyper, h[at])))
         return lora.mean(batches, rank)
 
-    def answer(self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering", weigh: bool = False) -> Answered:
-        """Returns greedy answers. `prompt` and its mask: [n, m]. `weigh`: also how likely the reference answers are."""
+    def answer(
+        self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering", weigh: bool = False, max_tokens: int | None = None
+    ) -> Answered:
+        """Returns greedy answers.
+
+        Args:
+          prompt, prompt_mask: [n, m], a prompt for each place in `index`.
+          weigh: also say how likely the reference answers are.
+          max_tokens: longest answer; None: actor.max_answer_tokens.
+        """
+        max_tokens = max_tokens or self.setup.config.actor.max_answer_tokens
 
         def run(at, *batch):
-            sampled, likelihood = self._answer(self.frozen, adapter(at) if adapter else None, *batch)
+            sampled, likelihood = self._answer(max_tokens, self.frozen, adapter(at) if adapter else None, *batch)
             return Answered(sampled.tokens, sampled.mask, sampled.first, likelihood)
 
         def part(at):
@@ -121,7 +130,7 @@ def _write(setup, copies, params, frozen, tokens, mask, own, key=None, places=No
     return query.h, generator.write(setup, params, frozen, prefill, key, places, temperature)
 
 
-def _answer(setup, frozen, loras, prompt, prompt_mask, query, query_mask, *reference):
+def _answer(setup, max_tokens, frozen, loras, prompt, prompt_mask, query, query_mask, *reference):
     rows = (prompt, prompt_mask, query, query_mask)
     likelihood = actor.log_likelihood(setup, frozen, loras, *rows, *reference) if reference else None
-    return actor.answer(setup, frozen, loras, *rows), likelihood
+    return actor.answer(setup, frozen, loras, *rows, max_tokens), likelihood

@@ -66,7 +66,8 @@ class Alone:
 
         self._write = jax.jit(write)
         self._adapt = jax.jit(lambda hyper, h: generator.adapt(setup, hyper, h))
-        self._answer = jax.jit(functools.partial(actor.answer, setup))
+        max_tokens = setup.config.actor.max_answer_tokens
+        self._answer = jax.jit(functools.partial(actor.answer, setup, max_tokens=max_tokens))
 
     def write(self, i):
         """Returns (LoRA, ids of the greedy prompt) of a query."""
