@@ -40,14 +40,14 @@ def main(argv=None) -> int:
 
 def score(config, candidates):
     """Returns (strict, flexible, mean log-likelihood of the answers, tokens, prompt) of each candidate on the validation rows."""
-    from metatuner_jax import evaluate, generator, pretrained, sharding, transformer
+    from metatuner_jax import data, evaluate, generator, pretrained, sharding, transformer
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
 
     job = run.prepare(config)
     tokens, task = job.tokens, job.task
     limit = config.generator.max_prompt_tokens
-    encoded = [[*tokens.plain(prompt), tokens.end_id] for prompt in candidates]
+    encoded = [tokens.prompt_ids(prompt) for prompt in candidates]
     for prompt, ids in zip(candidates, encoded):
         if len(ids) > limit:
             raise run.Mistake(f"generator.max_prompt_tokens={limit} is less than {prompt!r} needs ({len(ids)} with the end token): raise it")
@@ -57,7 +57,7 @@ def score(config, candidates):
     passes = Passes(job.setup, frozen, job.mesh, config.eval.batch_size, Progress())
     part, found = job.rows["validation"], []
     for prompt, ids in zip(candidates, encoded):
-        answered = passes.answer(part, np.arange(len(part)), *evaluate.repeat(ids, len(part), limit), weigh=True)
+        answered = passes.answer(part, np.arange(len(part)), *data.pad([ids] * len(part), limit, "right"), weigh=True)
         scores = [task.score(text, example) for text, example in zip(evaluate.texts_of(answered, tokens), part.examples)]
         strict, flexible = (float(np.mean([getattr(s, kind) for s in scores])) for kind in ("strict", "flexible"))
         found.append((strict, flexible, float(answered.likelihood.mean()), len(ids) - 1, prompt))

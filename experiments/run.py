@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import tasks
+from metatuner_jax import methods, tasks
 
 USAGE = """usage: python -m experiments.run --config FILE [--workdir FOLDER] [--config.SECTION.NAME=VALUE ...]
 
@@ -45,7 +45,7 @@ def main(argv=None) -> int:
         saved = check_workdir(config, workdir)
         if saved is not None and (workdir / "results.json").exists():
             print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
-            print(table(read_json(workdir / "results.json"), _first_predictions(workdir)))
+            print(summary(read_json(workdir / "results.json"), _first_predictions(workdir)))
             return 0
         job = prepare(config)
         if saved is not None:
@@ -133,10 +133,10 @@ def _text(value):
 class Job:
     """All of a run that is known before any weights are loaded."""
 
+    given: config_lib.Config  # as the user gave it; the setup's is what the method makes of it
     setup: Any  # generator.Setup: the config, both architectures
     task: Any  # tasks.Task
     tokens: Any  # data.Tokens
-    initial: list[int]  # ids of the initial prompt, end token included
     rows: dict  # split name -> data.Rows
     lengths: Any  # data.Lengths
     too_long: dict  # split name -> (queries, answers) above the limits
@@ -168,6 +168,7 @@ def check_workdir(config, workdir):
 def prepare(config) -> Job:
     """Returns the job that a config describes; raises Mistake or ValueError where it cannot be done. Loads no weights."""
     tasks.check(config.task)
+    given, config = config, methods.resolve(config)
 
     from metatuner_jax import data, pretrained, sharding
     from metatuner_jax.generator import Setup
@@ -187,15 +188,9 @@ def prepare(config) -> Job:
     vocab_size = min(generator.vocab_size, actor.vocab_size)
     generator, actor = (dataclasses.replace(model, vocab_size=vocab_size) for model in (generator, actor))
     tokens = data.Tokens(tokenizer, vocab_size, config.generator.instruction)
-    initial = [*tokens.plain(initial_prompt), tokens.end_id]
-    if len(initial) > config.generator.max_prompt_tokens:
-        raise Mistake(
-            f"generator.max_prompt_tokens={config.generator.max_prompt_tokens} is less than the initial prompt needs "
-            f"({len(initial)} tokens with the end token): raise it, or shorten task.initial_prompt"
-        )
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     rows, lengths, too_long = data.make_rows(tokens, config, initial_prompt, splits)
-    highest = data.largest_id(rows, tokens, initial)
+    highest = data.largest_id(rows, tokens)
     if highest >= vocab_size:
         raise Mistake(
             f"actor.model={config.actor.model!r}: its tokenizer gives the id {highest}, and the embeddings of generator and actor have "
@@ -215,14 +210,14 @@ def prepare(config) -> Job:
     for role in ("generator", "actor"):
         of_model(config, role, pretrained.check_weights)
     setup = Setup(config, generator, actor, tokens.end_id, tokens.template.prefix)
-    return Job(setup, task, tokens, initial, rows, lengths, too_long, mesh)
+    return Job(given, setup, task, tokens, rows, lengths, too_long, mesh)
 
 
 def check_saved(job, workdir, saved):
     """Raises Mistake or ValueError where a run that was begun in the folder cannot go on with this data and these models."""
     from metatuner_jax import data
 
-    found = data.digest(job.rows, job.initial)
+    found = data.digest(job.rows)
     changed = [name for name in found if saved.get("data", {}).get(name) != found[name]]
     if changed:
         raise Mistake(f"--workdir={workdir} was begun with other data: {', '.join(changed)} changed since; give another --workdir")
@@ -245,18 +240,20 @@ def check_checkpoint(setup, workdir):
 
     from metatuner_jax import checkpoint, generator, train, transformer
 
-    k = setup.num_shared
+    k, config = setup.num_shared, setup.config
 
     def init(key):
         base = transformer.init(setup.generator, key)
         base["layers"] = transformer.cut(base["layers"], 0, k), transformer.cut(base["layers"], k, setup.generator.num_layers)
-        return train.init_state(setup.config.train, generator.init(setup, base, key))
+        same = config.generator.model == config.actor.model and config.generator.train == "lora"
+        return train.init_state(setup, generator.init(setup, base, key, base if same else transformer.init(setup.actor, key)))
 
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
     try:
         newest = checkpoints.latest()
         if newest is not None:
-            checkpoints.check(newest, jax.eval_shape(init, jax.random.key(0)))
+            like = train.rest(jax.eval_shape(init, jax.random.key(0)), train.phases(setup), newest)
+            checkpoints.check(newest, like)
     finally:
         checkpoints.close()
 
@@ -298,77 +295,104 @@ def train_and_evaluate(job, workdir):
     import jax
     import numpy as np
 
-    from metatuner_jax import checkpoint, data, evaluate, losses, rollout, sharding, train
+    from metatuner_jax import checkpoint, data, evaluate, preference, rollout, sharding, train
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
 
     began = time.perf_counter()
     progress = Progress()
-    setup, config, task, tokens, initial, rows = job.setup, job.setup.config, job.task, job.tokens, job.initial, job.rows
+    setup, config, task, tokens, rows = job.setup, job.setup.config, job.task, job.tokens, job.rows
     introduce(progress, job)
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
         devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
-        content = {"config": dataclasses.asdict(config), "versions": versions(), "devices": devices, "data": data.digest(rows, initial)}
+        content = {"config": dataclasses.asdict(job.given), "versions": versions(), "devices": devices, "data": data.digest(rows)}
         write_json(workdir / "config.json", content)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
     frozen, params = load_networks(setup, tokens, keys["init"], job.mesh)
-    state = sharding.place(train.init_state(config.train, params), job.mesh)
+    state = sharding.place(train.init_state(setup, params), job.mesh)
     del params
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    progress.line(f"parameters: {count / 1e6:.1f} million learn, {_millions(frozen)} million are frozen")
+    learning = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    progress.line(f"parameters: {learning / 1e6:.1f} million learn, {_millions(frozen)} million are frozen")
 
-    experts = rollout.Experts(
-        workdir / "experts.jsonl", [e.id for e in rows["train"].examples], initial, config.generator.max_prompt_tokens
-    )
+    passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress)
+    full = config.eval.report == "test"
+    before = score_before(passes, job, workdir) if full else None  # first of all: a warm-up changes the actor
+
+    ids = [example.id for example in rows["train"].examples]
+    experts = rollout.Experts(workdir / "experts.jsonl", ids, rows["train"].initial, rows["train"].initial_mask)
+    pairs = preference.Pairs(workdir / "pairs.jsonl", ids, config.actor.max_answer_tokens)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+    metrics_path = workdir / "metrics.jsonl"
     try:
         newest = checkpoints.latest()
+        planned = train.phases(setup)
         if newest is not None:
-            state = checkpoints.restore(newest, state)
-            progress.line(f"resuming at step {newest} of {config.train.num_steps}")
+            state = checkpoints.restore(newest, train.rest(state, planned, newest))
+            progress.line(f"resuming at step {newest} of {sum(phase.steps for phase in planned)}")
         experts.restore(newest or 0)
-        metrics_path = workdir / "metrics.jsonl"
+        pairs.restore(newest or 0)
         rollout.write_lines(metrics_path, [m for m in rollout.read_lines(metrics_path) if m["step"] < (newest or 0)])
 
         logged = rollout.read_lines(metrics_path)
         began -= logged[-1]["wall_s"] if logged else 0  # what the run took before it was resumed
 
         def log(metrics):
-            with metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**metrics, "wall_s": round(time.perf_counter() - began, 1)}) + "\n")
+            rollout.append_lines(metrics_path, [{**metrics, "wall_s": round(time.perf_counter() - began, 1)}])
 
-        passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress)
-        loss_fn = lambda *args: losses.joint_loss(setup, *args)
-        step = train.make_train_step(loss_fn, train.make_optimizer(config.train), config.train.sync_every)
-        state = train.fit(
-            setup, frozen, state, step, keys, rows, experts, tokens, task.score, passes, checkpoints, job.mesh, log
-        )  # fmt: skip
+        trainer = train.Trainer(setup, frozen, keys, rows, experts, pairs, tokens, task.score, passes, checkpoints, log)
+        state = trainer.fit(state)
         best = checkpoints.best()
-        if best not in (None, config.train.num_steps):
+        if best not in (None, trainer.total):
             progress.line(f"taking the checkpoint of step {best}, the best on validation rows")
             checkpoints.manager.wait_until_finished()
-            state = checkpoints.restore(best, state)
+            state = checkpoints.restore(best, train.rest(state, planned, best))
     finally:
         checkpoints.close()
+    for_all = trainer.last_search(state, best)
 
-    before = evaluate.score_before(passes, rows["test"], tokens, task.score, initial)
-    results, predictions = evaluate.evaluate(
-        passes, state.params, rows["test"], rows["train"], tokens, task.score, initial, before
-    )
     logged = rollout.read_lines(metrics_path)
+    validation = next((m["validation"] for m in reversed(logged) if m.get("validation") is not None and m["step"] + 1 == best), None)
+    if validation is None or for_all != experts.for_all(best):
+        validation = evaluate.validate(passes, state.params, rows["validation"], tokens, task.score, for_all)
     results = {
-        "task": task.name, "method": config.method, "seed": config.seed, "metric": task.metric, **results,
-        "steps": config.train.num_steps, "checkpoint": int(np.asarray(state.step)),
-        "wall_s": round(time.perf_counter() - began, 1),
-        "train_s": round(sum(m["step_s"] for m in logged), 1), "rollout_s": round(sum(m.get("rollout_s", 0) for m in logged), 1),
+        "task": task.name, "method": config.method, "seed": config.seed, "metric": task.metric,
+        "validation": {"mean": validation, "n": len(rows["validation"])},
+    }  # fmt: skip
+    if full:
+        scores, predictions = evaluate.evaluate(
+            passes, state.params, rows["test"], rows["train"], tokens, task.score, before, for_all
+        )
+        rollout.write_lines(workdir / "predictions.jsonl", predictions)
+        results |= scores
+    total = lambda name: sum(m.get(name, 0) for m in logged)
+    results |= {
+        "steps": config.train.num_steps if setup.method.learns else 0, "checkpoint": int(np.asarray(state.step)),
+        "wall_s": round(time.perf_counter() - began, 1), "train_s": round(total("step_s"), 1), "rollout_s": round(total("rollout_s"), 1),
+        "cost": {
+            "trained_parameters": learning, "actor_calls": int(total("rollout_attempts")), "tokens": int(total("tokens")),
+            "seconds": round(total("step_s") + total("rollout_s"), 1),
+        },
         "dropped": task.dropped,
     }  # fmt: skip
-    rollout.write_lines(workdir / "predictions.jsonl", predictions)
     write_json(workdir / "results.json", results)
-    progress.line("\n" + table(results, predictions[:3]))
+    progress.line("\n" + summary(results, predictions[:3] if full else []))
     progress.line(f"\nEverything is in {workdir}")
+
+
+def score_before(passes, job, workdir):
+    """Returns what the bare actor says to the test queries (see `evaluate.answer_before`), from the run folder where it is there."""
+    from metatuner_jax import evaluate, rollout
+
+    path, rows = workdir / "before.jsonl", job.rows["test"]
+    lines = rollout.read_lines(path)
+    if [line["id"] for line in lines] != [example.id for example in rows.examples]:
+        lines = evaluate.answer_before(passes, rows, job.tokens, job.task.score)
+        rollout.write_lines(path, lines)
+    mean = sum(line["score"] for line in lines) / len(lines)
+    passes.progress.line(f"before: {100 * mean:.1f}% of {len(lines)} test queries")
+    return lines
 
 
 def load_networks(setup, tokens, key, mesh):
@@ -389,14 +413,12 @@ def load_networks(setup, tokens, key, mesh):
 
     same = config.generator.model == config.actor.model
     if config.generator.train == "full":
-        base = load(config.generator.model, "float32", cut=True)
-        learning = generator.init(setup, base, key)
-        del base
         actor, frozen_generator = load(config.actor.model, config.dtype, cut=False), None
+        learning = generator.init(setup, load(config.generator.model, "float32", cut=True), key, actor)
     else:
         actor = load(config.actor.model, config.dtype, cut=same)
         frozen_generator = actor if same else load(config.generator.model, config.dtype, cut=True)
-        learning = generator.init(setup, frozen_generator, key)
+        learning = generator.init(setup, frozen_generator, key, actor)
     allowed = sharding.place({"allowed": jnp.array(tokens.allowed)}, mesh)["allowed"]
     return generator.Frozen(frozen_generator, actor, allowed), learning
 
@@ -408,7 +430,7 @@ def introduce(progress, job):
     setup, task, rows = job.setup, job.task, job.rows
     config = setup.config
     device = jax.devices()[0]
-    progress.line(f"{config.method} on {task.name}, seed {config.seed}")
+    progress.line(f"{config.method} on {task.name}, seed {config.seed}: {setup.method.summary}")
     progress.line(
         f"generator: {config.generator.model}, {setup.generator.num_layers} layers of {setup.generator.width}, {setup.num_shared} shared, "
         f"train={config.generator.train}; actor: {config.actor.model}, {setup.actor.num_layers} layers of {setup.actor.width}"
@@ -438,28 +460,39 @@ def _millions(frozen):
     return f"{sum(leaves.values()) / 1e6:.1f}"
 
 
-def table(results, predictions) -> str:
+def summary(results, predictions) -> str:
     """Returns the closing table as text."""
+    validation = f"{100 * results['validation']['mean']:.1f}% of {results['validation']['n']} validation rows"
+    if "after" not in results:
+        return f"{results['task']}, {results['method']}: {validation}"
 
     def row(name, score):
         low, high = score["ci95"]
         return f"  {name:<28}{100 * score['mean']:6.1f}%   [{100 * low:.1f}, {100 * high:.1f}]"
 
-    n, prompts = results["after"]["n"], results["prompts"]
+    n, prompts, energy, cost = results["after"]["n"], results["prompts"], results["mean_adapter_energy"], results["cost"]
     lines = [
         f"{results['task']}, {n} unseen test queries, {results['metric']}   [95% interval]",
         row("before", results["before"]), row("after", results["after"]),
         row("before, flexible scoring", results["before_flexible"]), row("after, flexible scoring", results["after_flexible"]),
+        *(row(f"after, {part}", scores["after"]) for part, scores in results.get("parts", {}).items()),
         "with the query's own prompt, the adapter",
         *(row(name, score) for name, score in results["adapter"].items()),
         "with the query's own adapter, the prompt",
         *(row(name, score) for name, score in results["prompt"].items()),
         (
-            f"prompts written: {prompts['distinct']} distinct of {n}, {100 * prompts['share_initial']:.0f}% equal to the initial one, "
+            f"prompts: {prompts['distinct']} distinct of {n}, {100 * prompts['share_initial']:.0f}% equal to the initial one, "
             f"{prompts['mean_tokens']:.1f} tokens on average"
         ),
-        f"the mean adapter keeps {100 * results['mean_adapter_energy']:.0f}% of the mean delta's energy at its rank",
-        f"{results['steps']} steps in {results['train_s']:.0f} s, rollouts {results['rollout_s']:.0f} s, all {results['wall_s']:.0f} s",
+        *([f"the mean adapter keeps {100 * energy:.0f}% of the mean delta's energy at its rank"] if energy is not None else []),
+        (
+            f"{results['steps']} steps in {results['train_s']:.0f} s, rollouts {results['rollout_s']:.0f} s, all {results['wall_s']:.0f} s; "
+            f"{validation}"
+        ),
+        (
+            f"cost: {cost['trained_parameters'] / 1e6:.2f} million trained parameters, {cost['actor_calls']} answers and "
+            f"{cost['tokens']} tokens in training"
+        ),
     ]  # fmt: skip
     for p in predictions:
         verdict = "right" if p["score"] == 1 else f"score {p['score']:g}, reference {_short(p['reference'])!r}"

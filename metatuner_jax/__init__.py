@@ -8,7 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "checkpoint", "config", "data", "decode", "evaluate", "generator", "lora", "losses", "pretrained", "rollout",
+    "checkpoint", "config", "data", "decode", "evaluate", "generator", "lora", "losses", "methods", "pretrained", "rollout", "search",
     "sharding", "tasks", "train", "transformer",
 )  # fmt: skip
 

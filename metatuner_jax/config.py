@@ -8,7 +8,8 @@ from typing import Any
 
 import ml_collections
 
-METHODS = ("metatuner_j",)
+from metatuner_jax.methods import METHODS
+
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -46,6 +47,7 @@ class GeneratorConfig:
     max_query_tokens: int = _field(384, "longest templated query")
     max_prompt_tokens: int = _field(48, "longest written prompt, end token included")
     temperature: float = _field(1.0, "of the prompts sampled in training")
+    final_temperature: float | None = _field(None, "to which it falls, by the same factor a step, over the joint phase; none: it stays")
     instruction: str = _field(
         "Rewrite the instruction so that it helps with this question.", "the system message that asks for a prompt"
     )
@@ -63,9 +65,10 @@ class ActorConfig:
 class HyperConfig:
     """The hypernetwork, and the LoRA that it writes."""
 
-    rank: int = _field(8, "rank of the generated LoRA")
+    network: str = _field("two_layer", "'two_layer': the paper's; 'trunk': one for all layers and projections, told which by embeddings")
+    rank: int = _field(8, "rank of the generated LoRA, or of the static one")
     targets: tuple[str, ...] = _field(("q", "v"), "projections of the actor that it adapts")
-    hidden: int = _field(64, "width between its two layers")
+    hidden: int = _field(64, "width of its hidden layers")
     scale: float = _field(2.0, "factor of the delta: the main dial")
     pool: str = _field("last", "the state it reads: 'last' token of the templated query, or 'mean' of the query's own tokens")
 
@@ -85,19 +88,46 @@ class TrainConfig:
     prompt_weight: float = _field(1.0, "of the prompt loss beside the task loss: the paper's alpha")
     prompt_gradient: str = _field("none", "'none': prompts are constants; 'straight_through'")
     sync_every: int = _field(10, "steps between copies of the prompt decoder into its frozen copy")
+    alternate_every: int = _field(10, "metatuner_i: steps of one term before the other's turn")
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
     remat: bool = _field(False, "recompute each layer's activations in the backward pass: less memory, more time")
+    diagnose_every: int = _field(0, "steps between measurements of each term's share of the gradient, a backward pass more; 0: never")
     max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
 
 
 @dataclasses.dataclass(frozen=True)
+class WarmupConfig:
+    """Supervised fine-tuning before the joint phase."""
+
+    actor_steps: int = _field(0, "steps for the actor, on the initial prompt, the query and its answer; dpo: half of all steps")
+    actor_train: str = _field("lora", "'lora': a static LoRA learns and is merged into the weights; 'full': all weights learn")
+    generator_steps: int = _field(0, "steps for the generator, on the first expert prompts")
+    rank: int = _field(8, "rank of the actor's LoRA")
+    scale: float = _field(2.0, "factor of its delta")
+    targets: tuple[str, ...] = _field(("q", "v"), "projections that it adapts")
+    learning_rate: float = _field(2e-4, "of both warm-ups")
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Best-of-n prompts for the expert set."""
+    """Best-of-n prompts for the expert set, or for the whole task."""
 
     every: int = _field(50, "steps between refreshes; the first is before step 0; 0: never")
     num_queries: int = _field(64, "train queries a refresh")
     num_prompts: int = _field(4, "n: prompts sampled for each of them")
     temperature: float = _field(1.0, "of those prompts")
+    budget: int | None = _field(None, "answers that the actor may decode for training in all; none: as many as are asked for")
+    search_rounds: int = _field(2, "prompt_search, better_together: rounds of a search, each from the best prompt so far")
+    search_prompts: int = _field(8, "prompts proposed in a round, each tried on `num_queries` train queries")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Pairs of answers for dpo."""
+
+    beta: float = _field(0.1, "how strongly the adapter is held to the actor that it started from")
+    num_samples: int = _field(4, "answers sampled for a query, among which a wrong and a right one are looked for")
+    temperature: float = _field(1.0, "of those answers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +137,7 @@ class EvalConfig:
     batch_size: int = _field(32, "queries at once, in rollouts too")
     num_mean: int = _field(256, "train queries whose mean delta is the 'mean' adapter")
     num_bootstrap: int = _field(2000, "resamples behind each 95% interval")
+    report: str = _field("test", "'test': scores and controls on test rows; 'validation': the validation score alone, to choose settings by")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +160,7 @@ class MeshConfig:
 class Config:
     """One run."""
 
-    method: str = _field("metatuner_j", "metatuner_j: both terms in every step")
+    method: str = _field("metatuner_j", ", ".join(METHODS))
     seed: int = _field(0, "of everything random")
     dtype: str = _field("bfloat16", "of the frozen weights and the compute: 'bfloat16' or 'float32'")
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
@@ -137,7 +168,9 @@ class Config:
     actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
     hyper: HyperConfig = dataclasses.field(default_factory=HyperConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -185,11 +218,14 @@ def check(config: Config) -> None:
     _one_of("method", config.method, METHODS)
     _one_of("dtype", config.dtype, ("bfloat16", "float32"))
     _one_of("generator.train", config.generator.train, ("lora", "full"))
+    _one_of("hyper.network", config.hyper.network, ("two_layer", "trunk"))
+    _one_of("warmup.actor_train", config.warmup.actor_train, ("lora", "full"))
+    _one_of("eval.report", config.eval.report, ("test", "validation"))
     _one_of("hyper.pool", config.hyper.pool, ("last", "mean"))
     _one_of("train.prompt_gradient", config.train.prompt_gradient, ("none", "straight_through"))
     _one_of("train.decay", config.train.decay, ("cosine", "constant"))
     _one_of("data.too_long", config.data.too_long, ("drop", "cut"))
-    for section in ("generator", "hyper"):
+    for section in ("generator", "hyper", "warmup"):
         targets = getattr(config, section).targets
         if not targets or len(set(targets)) != len(targets):
             raise ValueError(f"{section}.targets={targets} must name at least one projection, each once: any of {PROJECTIONS}")
@@ -199,8 +235,10 @@ def check(config: Config) -> None:
         "generator": ("rank", "max_query_tokens", "max_prompt_tokens"),
         "actor": ("max_answer_tokens",),
         "hyper": ("rank", "hidden"),
-        "train": ("num_steps", "batch_size", "sync_every", "checkpoint_every", "max_bad_steps"),
-        "rollout": ("num_queries", "num_prompts"),
+        "train": ("num_steps", "batch_size", "sync_every", "alternate_every", "checkpoint_every", "max_bad_steps"),
+        "warmup": ("rank",),
+        "rollout": ("num_queries", "num_prompts", "budget", "search_rounds", "search_prompts"),
+        "preference": ("num_samples",),
         "eval": ("batch_size", "num_mean", "num_bootstrap"),
         "mesh": ("data", "fsdp", "tensor"),
         "task": ("num_train", "num_validation", "num_test"),
@@ -211,18 +249,24 @@ def check(config: Config) -> None:
             if value is not None and value < 1:
                 raise ValueError(f"{section}.{name}={value} must be at least 1")
     for section, name in (
-        ("generator", "scale"), ("generator", "temperature"), ("hyper", "scale"), ("rollout", "temperature"),
-        ("train", "learning_rate"), ("train", "generator_rate"), ("train", "clip_norm"),
+        ("generator", "scale"), ("generator", "temperature"), ("generator", "final_temperature"), ("hyper", "scale"),
+        ("rollout", "temperature"), ("train", "learning_rate"), ("train", "generator_rate"), ("train", "clip_norm"),
+        ("warmup", "scale"), ("warmup", "learning_rate"), ("preference", "beta"), ("preference", "temperature"),
     ):  # fmt: skip
         value = getattr(getattr(config, section), name)
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number above 0")
     for section, name in (
-        ("train", "prompt_weight"), ("train", "weight_decay"), ("train", "warmup_steps"), ("rollout", "every"),
+        ("train", "prompt_weight"), ("train", "weight_decay"), ("train", "warmup_steps"), ("train", "diagnose_every"), ("rollout", "every"),
+        ("warmup", "actor_steps"), ("warmup", "generator_steps"),
     ):  # fmt: skip
         value = getattr(getattr(config, section), name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number of at least 0")
+    if config.method == "prompt_only" and not config.train.prompt_weight:
+        raise ValueError("train.prompt_weight=0 leaves method=prompt_only nothing to learn: set it above 0")
+    if config.method == "dpo" and config.train.num_steps < 2:
+        raise ValueError(f"train.num_steps={config.train.num_steps} must be at least 2 for method=dpo: half of them are fine-tuning")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2**31")
     if config.generator.num_shared is not None and config.generator.num_shared < 1:
@@ -241,9 +285,9 @@ def check_model(config: Config, generator: ModelConfig, actor: ModelConfig) -> N
             f"generator.num_shared={k} must lie strictly between 0 and the generator's number of layers "
             f"({generator.num_layers}): each head needs at least one private layer"
         )
-    for section, model, targets in (("generator", generator, config.generator.targets), ("hyper", actor, config.hyper.targets)):
+    for section, model in (("generator", generator), ("hyper", actor), ("warmup", actor)):
         rank = getattr(config, section).rank
-        for target in targets:
+        for target in getattr(config, section).targets:
             width_in, width_out = projection_widths(model, target)
             if rank > min(width_in, width_out):
                 raise ValueError(

@@ -34,6 +34,8 @@ class Rows:
     query_mask: np.ndarray
     answer: np.ndarray  # int32 [rows, ta]: the answer to learn, end token included
     answer_mask: np.ndarray
+    initial: np.ndarray  # int32 [rows, tp]: the initial prompt, end token included
+    initial_mask: np.ndarray
 
     def __len__(self):
         return len(self.examples)
@@ -91,6 +93,10 @@ class Tokens:
     def query_ids(self, query: str) -> list[int]:
         """Returns the actor's input after the prompt."""
         return self.encode(self.template.between) + self.plain(query) + self.encode(self.template.suffix)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Returns a prompt as the generator would write it, with the end token."""
+        return [*self.plain(prompt), self.end_id]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Returns the answer to learn, with the end token."""
@@ -156,25 +162,34 @@ def _render(tokenizer, user, system):
 def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, splits: dict[str, tuple[Example, ...]]):
     """Returns ({split: Rows}, Lengths, {split: (too long queries, too long answers)}).
 
-    A query is too long where the generator's templated input passes generator.max_query_tokens, an answer where it passes
+    `initial_prompt` is that of all rows whose examples have none of their own. A query is too long where the generator's templated input passes generator.max_query_tokens, an answer where it passes
     actor.max_answer_tokens (of train rows alone: the others' answers are never fed). Such rows are dropped, or cut (the query's
     first tokens, the answer's last), as data.too_long says.
 
     Raises:
-      ValueError: a split has no rows left.
+      ValueError: an initial prompt is too long, or a split has no rows left.
     """
     limit_query, limit_answer = config.generator.max_query_tokens, config.actor.max_answer_tokens
-    template_tokens = len(tokens.generator_ids(initial_prompt, "")[0])
-    if template_tokens >= limit_query:
-        raise ValueError(
-            f"generator.max_query_tokens={limit_query} leaves no room for a query: the template with the initial prompt takes "
-            f"{template_tokens} tokens; raise it"
-        )
+    limit_prompt = config.generator.max_prompt_tokens
+    prompt_of = lambda example: example.initial_prompt or initial_prompt
+    prompts = {prompt: tokens.prompt_ids(prompt) for prompt in {prompt_of(e): None for part in splits.values() for e in part}}
+    for prompt, ids in prompts.items():
+        if len(ids) > limit_prompt:
+            raise ValueError(
+                f"generator.max_prompt_tokens={limit_prompt} is less than the initial prompt needs ({len(ids)} tokens with the end "
+                "token): raise it, or shorten task.initial_prompt"
+            )
+        template_tokens = len(tokens.generator_ids(prompt, "")[0])
+        if template_tokens >= limit_query:
+            raise ValueError(
+                f"generator.max_query_tokens={limit_query} leaves no room for a query: the template with the initial prompt takes "
+                f"{template_tokens} tokens; raise it"
+            )
     encoded, too_long = {}, {}
     for split, examples in splits.items():
         kept, long_queries, long_answers = [], 0, 0
         for example in examples:
-            ids, own = tokens.generator_ids(initial_prompt, example.query)
+            ids, own = tokens.generator_ids(prompt_of(example), example.query)
             answer = tokens.answer_ids(example.answer)
             surplus = max(len(ids) - limit_query, 0)
             long_answer = split == "train" and len(answer) > limit_answer
@@ -187,7 +202,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
                 ids, own = ids[:first] + ids[first + surplus :], own[:first] + own[first + surplus :]
                 first = len(tokens.encode(tokens.template.between))
                 query = query[:first] + query[first + surplus :]
-            kept.append((example, ids, own, query, answer[:limit_answer]))
+            kept.append((example, ids, own, query, answer[:limit_answer], prompts[prompt_of(example)]))
         if not kept:
             raise ValueError(
                 f"no {split} row is left of {len(examples)}: {long_queries} have a query above generator.max_query_tokens="
@@ -196,29 +211,30 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
         encoded[split], too_long[split] = kept, (long_queries, long_answers)
     every = [row for rows in encoded.values() for row in rows]
     lengths = Lengths(*(max(len(row[part]) for row in every) for part in (1, 3, 4)))
-    return {split: _pad_rows(rows, lengths) for split, rows in encoded.items()}, lengths, too_long
+    return {split: _pad_rows(rows, lengths, limit_prompt) for split, rows in encoded.items()}, lengths, too_long
 
 
-def largest_id(rows: dict[str, Rows], tokens: Tokens, initial) -> int:
+def largest_id(rows: dict[str, Rows], tokens: Tokens) -> int:
     """Returns the largest token id that a run reads."""
-    parts = [getattr(part, name) for part in rows.values() for name in ("generator", "query", "answer")]
-    return max(int(np.max(part)) for part in [*parts, np.array([*tokens.template.prefix, *initial])])
+    parts = [getattr(part, name) for part in rows.values() for name in ("generator", "query", "answer", "initial")]
+    return max(int(np.max(part)) for part in [*parts, np.array(tokens.template.prefix)])
 
 
-def digest(rows: dict[str, Rows], initial) -> dict[str, str]:
-    """Returns a SHA-256 sum of each split's ids, queries and answers, and of the initial prompt's tokens."""
+def digest(rows: dict[str, Rows]) -> dict[str, str]:
+    """Returns a SHA-256 sum of each split's ids, queries and answers, and of the initial prompts' tokens."""
     texts = {split: [[e.id, e.query, e.answer] for e in part.examples] for split, part in rows.items()}
-    texts["initial_prompt"] = [int(i) for i in initial]
+    texts["initial_prompt"] = [part.initial.tolist() for part in rows.values()]
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in texts.items()}
 
 
-def _pad_rows(encoded, lengths):
-    examples, generator, own, query, answer = zip(*encoded)
+def _pad_rows(encoded, lengths, prompt_tokens):
+    examples, generator, own, query, answer, initial = zip(*encoded)
     generator, generator_mask = pad(generator, lengths.generator, "left")
     own, _ = pad(own, lengths.generator, "left")
     query, query_mask = pad(query, lengths.query, "left")
     answer, answer_mask = pad(answer, lengths.answer, "right")
-    return Rows(examples, generator, generator_mask, own.astype(bool), query, query_mask, answer, answer_mask)
+    initial, initial_mask = pad(initial, prompt_tokens, "right")
+    return Rows(examples, generator, generator_mask, own.astype(bool), query, query_mask, answer, answer_mask, initial, initial_mask)
 
 
 def pad(rows, length: int, side: str) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +250,7 @@ def pad(rows, length: int, side: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def order_at(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
-    """Returns the rows of a step: a new shuffle every epoch, a function of the step alone; batches may span two epochs."""
+    """Returns the rows of a step of a phase: a new shuffle every epoch, a function of the step alone; batches may span two epochs."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     rows = np.empty(batch_size, np.int64)
     for epoch in np.unique(places // num_rows):
@@ -250,10 +266,11 @@ def batch_at(step: int, rows: Rows, experts, batch_size: int, seed: int) -> dict
     Args:
       experts: the best prompt so far of each train row (see `rollout.Experts`).
     """
-    index = order_at(step, len(rows), batch_size, seed)
+    return batch_of(order_at(step, len(rows), batch_size, seed), rows, experts)
+
+
+def batch_of(index, rows: Rows, experts) -> dict[str, np.ndarray]:
+    """Returns rows as a batch, with the best prompt so far of each."""
     expert, expert_mask = experts.tokens_of(index)
-    return {
-        "generator": rows.generator[index], "generator_mask": rows.generator_mask[index],
-        "own": rows.own[index], "query": rows.query[index], "query_mask": rows.query_mask[index],
-        "answer": rows.answer[index], "answer_mask": rows.answer_mask[index], "expert": expert, "expert_mask": expert_mask,
-    }  # fmt: skip
+    names = ("generator", "generator_mask", "own", "query", "query_mask", "answer", "answer_mask", "initial", "initial_mask")
+    return {**{name: getattr(rows, name)[index] for name in names}, "expert": expert, "expert_mask": expert_mask}

@@ -21,11 +21,15 @@ def derangement(count: int, seed: int) -> np.ndarray:
     return shifted
 
 
-def validate(passes, params, rows, tokens, score) -> float:
-    """Returns the mean strict score on a split with each query's own greedy prompt and own adapter."""
+def validate(passes, params, rows, tokens, score, for_all=None) -> float:
+    """Returns the mean strict score on a split with each query's own greedy prompt and own adapter.
+
+    Args:
+      for_all: as in `Passes.prompts`.
+    """
     index = np.arange(len(rows))
-    h, *prompts = passes.write(params, rows, index)
-    answered = passes.answer(rows, index, *prompts, lambda at: passes.adapt(params["hyper"], h[at]), what="validating")
+    h, *prompts = passes.prompts(params, rows, index, for_all)
+    answered = passes.answer(rows, index, *prompts, passes.adapter(params, h), what="validating")
     return float(np.mean([score(text, e).strict for text, e in zip(texts_of(answered, tokens), rows.examples)]))
 
 
@@ -34,45 +38,38 @@ def texts_of(answered, tokens) -> list[str]:
     return [tokens.decode(ids, mask) for ids, mask in zip(answered.tokens, answered.mask)]
 
 
-def score_before(passes, rows, tokens, score, initial) -> list:
-    """Returns the Score of each query for the bare actor with the initial prompt. `initial`: its ids, end token included."""
-    prompt, mask = repeat(initial, len(rows), passes.setup.config.generator.max_prompt_tokens)
-    answered = passes.answer(rows, np.arange(len(rows)), prompt, mask, what="before")
-    return [score(text, example) for text, example in zip(texts_of(answered, tokens), rows.examples)]
+def answer_before(passes, rows, tokens, score) -> list[dict]:
+    """Returns what the bare actor says to each query under its initial prompt: {id, answer, score, flexible}."""
+    answered = passes.answer(rows, np.arange(len(rows)), rows.initial, rows.initial_mask, what="before")
+    texts = texts_of(answered, tokens)
+    scores = [score(text, example) for text, example in zip(texts, rows.examples)]
+    return [
+        {"id": example.id, "answer": text, "score": s.strict, "flexible": s.flexible}
+        for example, text, s in zip(rows.examples, texts, scores)
+    ]
 
 
-def repeat(ids, count: int, length: int):
-    """Returns one prompt for all rows as (int32 tokens, bool mask), both [count, length]."""
-    tokens, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
-    tokens[:, : len(ids)], mask[:, : len(ids)] = ids, True
-    return tokens, mask
-
-
-def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -> tuple[dict, list[dict]]:
+def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=None) -> tuple[dict, list[dict]]:
     """Returns (results, predictions) on a split: the parts of results.json that are scores, and one object a query.
+
+    What a method does not have is not answered anew: without an adapter all four score the same, with a static one all but `none`.
 
     Source: the four adapters and three prompts are this project's controls; the paper has none.
 
     Args:
       train_rows: the split whose first `eval.num_mean` queries make the mean adapter.
-      initial: ids of the initial prompt, end token included.
-      before: what `score_before` gave for the same rows.
+      before: what `answer_before` gave for the same rows.
+      for_all: as in `Passes.prompts`.
 
     Raises:
       RuntimeError: the adapter or the prompt has no effect on the actor.
     """
-    config = passes.setup.config
+    config, method = passes.setup.config, passes.setup.method
     index = np.arange(len(rows))
     other = derangement(len(rows), config.seed)
-    h, prompt, prompt_mask = passes.write(params, rows, index)
-    start, start_mask = repeat(initial, len(rows), prompt.shape[1])
-
-    def adapter_of(states):
-        return lambda at: passes.adapt(params["hyper"], states[at])
-
-    check_in_use(passes, rows, prompt, prompt_mask, adapter_of(h))
-    train_h = passes.encode(params, train_rows, np.arange(min(config.eval.num_mean, len(train_rows))))
-    mean_lora, energy = passes.mean_adapter(params["hyper"], train_h, config.hyper.rank)
+    h, prompt, prompt_mask = passes.prompts(params, rows, index, for_all)
+    adapter = passes.adapter(params, h)
+    check_in_use(passes, rows, prompt, prompt_mask, adapter)
 
     def run(what, adapter, prompts, which=index):
         texts = texts_of(passes.answer(rows, which, *prompts, adapter, what=what), tokens)
@@ -83,44 +80,57 @@ def evaluate(passes, params, rows, train_rows, tokens, score, initial, before) -
         differs = np.any(np.where(prompt_mask, prompt, -1) != np.where(other_mask, other, -1), axis=1)
         changed, scores = np.flatnonzero(differs), list(after)
         if len(changed):
-            found = run(what, adapter_of(h[changed]), (other[changed], other_mask[changed]), changed)[1]
+            moved = adapter and (lambda at: adapter(changed[at]))
+            found = run(what, moved, (other[changed], other_mask[changed]), changed)[1]
             for i, one in zip(changed, found):
                 scores[i] = one
         return scores
 
     own = (prompt, prompt_mask)
-    texts, after = run("after", adapter_of(h), own)
-    adapters = {
-        "own": after,
-        "shuffled": run("adapter: shuffled", adapter_of(h[other]), own)[1],
-        "mean": run("adapter: mean", lambda at: mean_lora, own)[1],
-        "none": run("adapter: none", None, own)[1],
-    }
+    texts, after = run("after", adapter, own)
+    adapters = dict.fromkeys(("own", "shuffled", "mean", "none"), after)
+    energy = None
+    if method.adapter == "generated":
+        train_h = passes.encode(params, train_rows, np.arange(min(config.eval.num_mean, len(train_rows))))
+        mean_lora, energy = passes.mean_adapter(params["hyper"], train_h, config.hyper.rank)
+        adapters["shuffled"] = run("adapter: shuffled", passes.adapter(params, h[other]), own)[1]
+        adapters["mean"] = run("adapter: mean", lambda at: mean_lora, own)[1]
+    if adapter:
+        adapters["none"] = run("adapter: none", None, own)[1]
     prompts = {
         "own": after,
         "shuffled": run_prompts("prompt: shuffled", prompt[other], prompt_mask[other]),
-        "initial": run_prompts("prompt: initial", start, start_mask),
+        "initial": run_prompts("prompt: initial", rows.initial, rows.initial_mask),
     }
 
-    def summary(scores, kind="strict"):
-        return interval([getattr(s, kind) for s in scores], config.eval.num_bootstrap, config.seed)
+    def summary(scores, which=index):
+        return interval([scores[i] for i in which], config.eval.num_bootstrap, config.seed)
 
+    strict = lambda scores: [s.strict for s in scores]
     written = [tokens.decode(p, m) for p, m in zip(prompt, prompt_mask)]
-    first = tokens.decode(initial)
+    first = [tokens.decode(p, m) for p, m in zip(rows.initial, rows.initial_mask)]
+    base = [line["score"] for line in before]
+    parts = dict.fromkeys(example.part for example in rows.examples)
     results = {
-        "before": summary(before),
-        "after": summary(after),
-        "before_flexible": summary(before, "flexible"),
-        "after_flexible": summary(after, "flexible"),
-        "adapter": {name: summary(scores) for name, scores in adapters.items()},
-        "prompt": {name: summary(scores) for name, scores in prompts.items()},
+        "before": summary(base),
+        "after": summary(strict(after)),
+        "before_flexible": summary([line["flexible"] for line in before]),
+        "after_flexible": summary([s.flexible for s in after]),
+        "adapter": {name: summary(strict(scores)) for name, scores in adapters.items()},
+        "prompt": {name: summary(strict(scores)) for name, scores in prompts.items()},
         "mean_adapter_energy": energy,
         "prompts": {
             "distinct": len(set(written)),
-            "share_initial": float(np.mean([text == first for text in written])),
+            "share_initial": float(np.mean([one == start for one, start in zip(written, first)])),
             "mean_tokens": float(prompt_mask.sum(axis=1).mean()),
         },
+        "scores": {example.id: s.strict for example, s in zip(rows.examples, after)},
     }
+    if len(parts) > 1:
+        which = {part: [i for i, example in enumerate(rows.examples) if example.part == part] for part in parts}
+        results["parts"] = {
+            part: {"before": summary(base, places), "after": summary(strict(after), places)} for part, places in which.items()
+        }
     predictions = [
         {
             "id": example.id, "query": example.query, "prompt": written[i], "answer": texts[i], "reference": example.reference,
@@ -141,12 +151,12 @@ def check_in_use(passes, rows, prompt, prompt_mask, adapter) -> None:
     index = np.arange(min(len(rows), passes.batch_size))
     prompt, prompt_mask = prompt[index], prompt_mask[index]
     look = lambda mask, adapter: passes.answer(rows, index, prompt, mask, adapter, what="checking", weigh=True, max_tokens=1)
-    both, no_adapter = look(prompt_mask, adapter), look(prompt_mask, None)
+    both, no_adapter = look(prompt_mask, adapter), look(prompt_mask, None) if adapter else None
     words = (prompt_mask & (prompt != passes.setup.end_id)).any()
     no_prompt = look(np.zeros_like(prompt_mask), adapter) if words else None
     for name, what in (("first", "answers"), ("likelihood", "likelihoods")):
         with_both = getattr(both, name)
-        if np.array_equal(with_both, getattr(no_adapter, name)):
-            raise RuntimeError(f"the generated adapter is not in use: the actor's {what} are the same without it")
+        if adapter and np.array_equal(with_both, getattr(no_adapter, name)):
+            raise RuntimeError(f"the {passes.setup.method.adapter} adapter is not in use: the actor's {what} are the same without it")
         if words and np.array_equal(with_both, getattr(no_prompt, name)):
-            raise RuntimeError(f"the written prompt is not in use: the actor's {what} are the same without it")
+            raise RuntimeError(f"the {passes.setup.method.prompt} prompt is not in use: the actor's {what} are the same without it")

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import decode, transformer
+from metatuner_jax import decode, methods, transformer
 from metatuner_jax.config import ModelConfig, projection_widths
 from metatuner_jax.lora import Lora
+from metatuner_jax.methods import Method
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What all passes of a run need besides arrays."""
 
-    config: config_lib.Config
+    config: config_lib.Config  # as `methods.resolve` returns it
     generator: ModelConfig
     actor: ModelConfig
     end_id: int
@@ -29,6 +30,10 @@ class Setup:
     @property
     def num_shared(self) -> int:
         return config_lib.num_shared(self.config, self.generator)
+
+    @property
+    def method(self) -> Method:
+        return methods.METHODS[self.config.method]
 
     @property
     def dtype(self):
@@ -54,8 +59,8 @@ class Query:
     past: Any  # a tuple of one `transformer.Cache`: keys and values of the shared layers
 
 
-class Hypernetwork(nn.Module):
-    """The parameter decoder: a two-layer perceptron for each projection of each actor layer and each LoRA factor.
+class TwoLayer(nn.Module):
+    """The paper's parameter decoder: a two-layer perceptron for each projection of each actor layer and each LoRA factor.
 
     Source: MetaTuner (arXiv 2509.24245), parameter decoder: b = relu(h Wd_b) Wu_b, a = relu(h Wd_a) Wu_a. The second layers
     have a bias, so that a static LoRA is the special case of zero weights. Of these, b's start at zero and a's do not: the delta
@@ -87,37 +92,100 @@ class Hypernetwork(nn.Module):
         return loras
 
 
-def init(setup: Setup, base: dict, key) -> dict:
-    """Returns the tree that learns, {"embed", "shared", "prompt", "hyper"}, float32.
+class Trunk(nn.Module):
+    """A parameter decoder whose size does not grow with the actor's depth, but for a bias.
+
+    One perceptron reads the query's state with a learned embedding of the layer and one of the projection; one output layer a
+    projection and LoRA factor, the same for all layers, turns what it makes into the factor. The bias of each layer, which makes a
+    static LoRA the special case of zero weights, and the starting values are those of `TwoLayer`.
+
+    Source: text-to-LoRA, Charakorn et al. 2025 (arXiv 2506.06105), its form L, with a bias a layer.
+    """
+
+    config: config_lib.HyperConfig
+    actor: ModelConfig
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b d"]) -> dict[str, Lora]:
+        layers, rank, hidden, targets = self.actor.num_layers, self.config.rank, self.config.hidden, self.config.targets
+        normal = nn.initializers.normal
+        layer = self.param("layer_embedding", normal(1.0), (layers, hidden))
+        projection = self.param("projection_embedding", normal(1.0), (len(targets), hidden))
+        state = h.astype(jnp.float32) @ self.param("trunk_in", normal(h.shape[-1] ** -0.5), (h.shape[-1], hidden))
+        x = jax.nn.relu(state[None, None] + layer[:, None, None] + projection[None, :, None])  # [l, p, b, hidden]
+        mixed = jnp.einsum("lpbm,mk->lpbk", x, self.param("trunk_mid", normal((2 / hidden) ** 0.5), (hidden, hidden)))
+        x = jax.nn.relu(mixed + self.param("trunk_shift", nn.initializers.zeros, (hidden,)))
+
+        def factor(i, name, features, deviation):
+            up = self.param(f"{name}_up", normal(deviation * hidden**-0.5), (hidden, features))
+            bias = self.param(f"{name}_bias", normal(deviation * 0.5**0.5), (layers, features))
+            return jnp.einsum("lbm,mf->lbf", x[:, i], up) + bias[:, None]
+
+        loras = {}
+        for i, target in enumerate(targets):
+            width_in, width_out = projection_widths(self.actor, target)
+            a = factor(i, f"{target}_a", width_in * rank, width_in**-0.5).reshape(layers, -1, width_in, rank)
+            b = factor(i, f"{target}_b", rank * width_out, 0.0).reshape(layers, -1, rank, width_out)
+            loras[target] = Lora(a, self.config.scale * b)
+        return loras
+
+
+NETWORKS = {"two_layer": TwoLayer, "trunk": Trunk}
+
+
+def hypernetwork(setup: Setup) -> nn.Module:
+    """Returns the parameter decoder that the config names."""
+    return NETWORKS[setup.config.hyper.network](setup.config.hyper, setup.actor)
+
+
+def init(setup: Setup, base: dict, key, actor: dict | None = None) -> dict:
+    """Returns the tree that learns, float32: of {"embed", "shared", "prompt", "hyper"} what the method has, and what it has besides.
+
+    That is "encoder", layers of the hypernetwork's own where it shares none, and "actor" where the actor is warmed up.
 
     Args:
       base: the generator LLM's own weights, its layers a tuple of two stacks cut at k.
+      actor: the actor's own weights, for a warm-up in full.
     """
-    config = setup.config.generator
-    key_shared, key_prompt, key_hyper = jax.random.split(key, 3)
-    network = Hypernetwork(setup.config.hyper, setup.actor)
-    hyper = jax.jit(network.init)(key_hyper, jnp.zeros((1, setup.generator.width)))["params"]
-    if config.train == "lora":
-        k, layers = setup.num_shared, setup.generator.num_layers
-        return {
-            "embed": {},
-            "shared": _init_static(config, setup.generator, k, key_shared),
-            "prompt": _init_static(config, setup.generator, layers - k, key_prompt),
-            "hyper": hyper,
-        }
+    method, config, warmup = setup.method, setup.config.generator, setup.config.warmup
+    k, layers = setup.num_shared, setup.generator.num_layers
+    key_shared, key_prompt, key_hyper, key_encoder, key_actor = (jax.random.fold_in(key, i) for i in range(5))
     copy = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, jnp.float32, copy=True))
-    bottom, top = base["layers"]
-    head = base["head"]["kernel"] if "head" in base else base["embed"]["embedding"]
-    return {
-        "embed": copy(base["embed"]),
-        "shared": copy(bottom),
-        "prompt": copy({"layers": top, "norm": base["norm"], "head": {"kernel": head}}),
-        "hyper": hyper,
-    }
+
+    def bottom(key):
+        if config.train == "lora":
+            return {"embed": {}, "shared": init_static(config, setup.generator, k, key)}
+        return {"embed": copy(base["embed"]), "shared": copy(base["layers"][0])}
+
+    def top():
+        if config.train == "lora":
+            return init_static(config, setup.generator, layers - k, key_prompt)
+        head = base["head"]["kernel"] if "head" in base else base["embed"]["embedding"]
+        return copy({"layers": base["layers"][1], "norm": base["norm"], "head": {"kernel": head}})
+
+    params = {}
+    if method.learns_generator:
+        params |= bottom(key_shared)
+    if method.prompt == "written":
+        params["prompt"] = top()
+    if method.adapter == "generated":
+        params["hyper"] = jax.jit(hypernetwork(setup).init)(key_hyper, jnp.zeros((1, setup.generator.width)))["params"]
+    elif method.adapter == "static":
+        params["hyper"] = init_static(setup.config.hyper, setup.actor, setup.actor.num_layers, key_hyper)
+    if not method.shared:
+        params["encoder"] = bottom(key_encoder)
+    if warmup.actor_steps:
+        full = warmup.actor_train == "full"
+        params["actor"] = copy(actor) if full else init_static(warmup, setup.actor, setup.actor.num_layers, key_actor)
+    return params
 
 
-def _init_static(config, model, layers, key):
-    """Returns a static LoRA: a random, b zero, as Hu et al. 2021 (arXiv 2106.09685) start it."""
+def init_static(config, model, layers, key):
+    """Returns a static LoRA: a random, b zero, as Hu et al. 2021 (arXiv 2106.09685) start it.
+
+    Args:
+      config: has `rank` and `targets`.
+    """
     static = {}
     for target, key in zip(config.targets, jax.random.split(key, len(config.targets))):
         width_in, width_out = projection_widths(model, target)
@@ -126,19 +194,26 @@ def _init_static(config, model, layers, key):
     return static
 
 
+def static(tree: dict, scale: float) -> dict[str, Lora]:
+    """Returns what `init_static` made, trained or not, as the LoRA of all rows."""
+    return {target: Lora(leaf["a"], scale * leaf["b"]) for target, leaf in tree.items()}
+
+
 def language_model(setup: Setup, params: dict, frozen: Frozen):
-    """Returns the generator as `transformer` takes it: (parameters with two stacks cut at k, LoRA of the two or None)."""
+    """Returns the generator as `transformer` takes it: (parameters with two stacks cut at k, LoRA of the two or None).
+
+    The second stack and the head are left out where the method has no prompt decoder to learn.
+    """
     config = setup.config.generator
     if config.train == "lora":
-
-        def static(tree):
-            return {target: Lora(leaf["a"], config.scale * leaf["b"]) for target, leaf in tree.items()}
-
-        return frozen.generator, (static(params["shared"]), static(params["prompt"]))
+        return frozen.generator, tuple(static(params.get(part, {}), config.scale) for part in ("shared", "prompt"))
     cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(setup.dtype))
-    prompt = params["prompt"]
-    layers = (cast(params["shared"]), cast(prompt["layers"]))
-    return {"embed": cast(params["embed"]), "layers": layers, "norm": prompt["norm"], "head": cast(prompt["head"])}, None
+    weights = {"embed": cast(params["embed"]), "layers": (cast(params["shared"]),)}
+    if "prompt" in params:
+        prompt = params["prompt"]
+        weights["layers"] += (cast(prompt["layers"]),)
+        weights |= {"norm": prompt["norm"], "head": cast(prompt["head"])}
+    return weights, None
 
 
 def read(setup: Setup, params: dict, frozen: Frozen, tokens, mask, own) -> Query:
@@ -189,9 +264,18 @@ def pool(setup: Setup, x: Float[Array, "b t d"], own: Bool[Array, "b t"]) -> Flo
     return total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
 
 
+def encode(setup: Setup, params: dict, frozen: Frozen, tokens, mask, own) -> Float[Array, "b d"]:
+    """Returns the states from which the queries' LoRA is written, by the shared layers or by the hypernetwork's own.
+
+    Args:
+      tokens, mask, own: as in `read`.
+    """
+    return read(setup, params.get("encoder", params), frozen, tokens, mask, own).h
+
+
 def adapt(setup: Setup, hyper: dict, h: Float[Array, "b d"]) -> dict[str, Lora]:
     """Returns the LoRA that the hypernetwork writes for each row, float32."""
-    return Hypernetwork(setup.config.hyper, setup.actor).apply({"params": hyper}, h)
+    return hypernetwork(setup).apply({"params": hyper}, h)
 
 
 def write(
@@ -211,7 +295,8 @@ def write(
 
 
 def relaxed_prompt(
-    setup: Setup, logits: Float[Array, "b m v"], sampled: decode.Sampled, embedding: Float[Array, "v d"], allowed, key, rows
+    setup: Setup, logits: Float[Array, "b m v"], sampled: decode.Sampled, embedding: Float[Array, "v d"], allowed, key, rows,
+    temperature: float | Float[Array, ""],
 ) -> Float[Array, "b m d"]:
     """Returns the sampled prompt as the actor reads it: the value of its tokens, the gradient of their softmax.
 
@@ -220,7 +305,6 @@ def relaxed_prompt(
 
     Source: straight-through Gumbel-softmax, Jang et al. 2017 (arXiv 1611.01144), section 2.2.
     """
-    temperature = setup.config.generator.temperature
     m = logits.shape[1]
     noise = jax.vmap(lambda i: decode.gumbel(key, rows, i, logits.shape[-1]), out_axes=1)(jnp.arange(m))
     logits = jnp.where(allowed, logits, -1e30)

@@ -42,15 +42,34 @@ def row(loras: dict[str, Lora], index: int) -> dict[str, Lora]:
     return jax.tree.map(lambda leaf: leaf[:, index], loras)
 
 
-def squared_norm(loras: dict[str, Lora]) -> Float[Array, " b"]:
-    """Returns, for each row, the sum over layers and projections of the squared Frobenius norm of `a @ b`."""
+def gram(loras: dict[str, Lora]) -> Float[Array, "b b"]:
+    """Returns the inner products of all rows' deltas, summed over layers and projections; the squared norms stand on the diagonal."""
 
     def one(lora):
-        gram_a = jnp.einsum("lbir,lbis->lbrs", lora.a, lora.a)
-        gram_b = jnp.einsum("lbro,lbso->lbrs", lora.b, lora.b)
-        return jnp.einsum("lbrs,lbrs->b", gram_a, gram_b)
+        products_a = jnp.einsum("lbir,lcis->lbcrs", lora.a, lora.a)
+        products_b = jnp.einsum("lbro,lcso->lbcrs", lora.b, lora.b)
+        return jnp.einsum("lbcrs,lbcrs->bc", products_a, products_b)
 
     return sum(one(lora) for lora in loras.values())
+
+
+def norm(loras: dict[str, Lora]) -> Float[Array, ""]:
+    """Returns the norm of one delta for all rows, over all layers and projections."""
+    return jnp.sqrt(gram(jax.tree.map(lambda leaf: leaf[:, None], loras))[0, 0])
+
+
+def effective_rank(gram: Float[Array, "b b"]) -> Float[Array, ""]:
+    """Returns how many directions the rows' deltas span: e to the entropy of the shares of the Gram matrix's eigenvalues.
+
+    1 where all are multiples of one delta, b where they are orthogonal and of one size; 0 where all are zero.
+
+    Source: Roy and Vetterli 2007, The effective rank, definition 1, of squared singular values.
+    """
+    values = jnp.maximum(jnp.linalg.eigvalsh(gram), 0.0)
+    total = jnp.sum(values)
+    shares = values / jnp.where(total > 0, total, 1.0)
+    entropy = -jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1.0)))
+    return jnp.where(total > 0, jnp.exp(entropy), 0.0)
 
 
 def mean(loras: list[dict[str, Lora]], rank: int) -> tuple[dict[str, Lora], float]:

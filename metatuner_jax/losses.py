@@ -46,47 +46,143 @@ def prompt_loss(setup, weights, states, batch) -> Float[Array, ""]:
     return token_loss(logits, batch["expert"], batch["expert_mask"].astype(jnp.float32))
 
 
-def joint_loss(setup, params, prompt_copy, frozen, batch, key):
-    """Returns (task loss + prompt_weight * prompt loss, metrics): one step of MetaTuner-J, sampling included.
+TERMS = ("task", "prompt")
+
+
+def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TERMS):
+    """Returns (task loss + prompt_weight * prompt loss, metrics): one step of the method, sampling included.
+
+    A method without written prompts gives the actor the expert prompts, which are then the initial ones or the task's best; it has
+    no prompt loss. One without an adapter has no task loss.
 
     Args:
       params: the tree that learns.
       prompt_copy: the frozen copy of params["prompt"], from which prompts are sampled where prompts are constants.
       batch: see `data.batch_at`.
       key: of this step.
+      step: int, steps of the joint phase done.
+      terms: those to take, of "task" and "prompt": MetaTuner-I takes one at a time.
     """
-    config = setup.config
-    rows = jnp.arange(batch["generator"].shape[0])
+    config, method = setup.config, setup.method
+    writes = method.prompt == "written"
+    task, prompt = "task" in terms and method.adapter is not None, "prompt" in terms and writes
     relaxed = config.train.prompt_gradient == "straight_through"
-    writer = params if relaxed else {**params, "prompt": prompt_copy}
-    query = generator.read(setup, params, frozen, batch["generator"], batch["generator_mask"], batch["own"])
-    prefill = generator.start(setup, params, frozen, query)
-    begin = prefill if relaxed else generator.start(setup, writer, frozen, query)
-    sampled = generator.write(setup, writer, frozen, begin, key, rows, config.generator.temperature)
+    rows = jnp.arange(batch["query"].shape[0])
+    losses, metrics, tokens = {}, {}, 0
 
-    prompts = [(batch["expert"], batch["expert_mask"])]
-    if relaxed:
-        prompts.append((sampled.tokens, sampled.mask))
-    expert_states, *sampled_states = generator.packed(setup, params, frozen, prefill, prompts)
-    loras = generator.adapt(setup, params["hyper"], query.h)
-    weights, _ = generator.language_model(setup, params, frozen)
-    embedding = None
-    if relaxed:
-        logits = transformer.logits(setup.generator, weights, sampled_states[0])
-        source = frozen.actor["embed"]["embedding"]
-        embedding = generator.relaxed_prompt(setup, logits, sampled, source, frozen.allowed, key, rows)
+    query = loras = embedding = None
+    prompts = batch["expert"], batch["expert_mask"]
+    templated = batch["generator"], batch["generator_mask"], batch["own"]
+    if method.learns_generator:
+        query = generator.read(setup, params, frozen, *templated)
+        tokens += jnp.sum(batch["generator_mask"])
+    if writes:
+        weights, _ = generator.language_model(setup, params, frozen)
+        prefill = generator.start(setup, params, frozen, query)
+        segments = [prompts] * prompt
+        if task:
+            writer = params if relaxed else {**params, "prompt": prompt_copy}
+            begin = prefill if relaxed else generator.start(setup, writer, frozen, query)
+            temperature = temperature_at(config, step)
+            sampled = generator.write(setup, writer, frozen, begin, key, rows, temperature)
+            prompts = sampled.tokens, sampled.mask
+            segments += [prompts] * relaxed
+            same = jnp.where(sampled.mask, sampled.tokens, -1) == jnp.where(batch["initial_mask"], batch["initial"], -1)
+            metrics |= {"prompt_tokens": jnp.sum(sampled.mask) / rows.size, "initial_share": jnp.mean(jnp.all(same, axis=1))}
+            tokens += jnp.sum(sampled.mask)
+        states = generator.packed(setup, params, frozen, prefill, segments) if segments else []
+        if prompt:
+            losses["prompt"] = prompt_loss(setup, weights, states[0], batch)
+            metrics["expert_tokens"] = jnp.sum(batch["expert_mask"])
+            tokens += metrics["expert_tokens"]
+        if task and relaxed:
+            logits = transformer.logits(setup.generator, weights, states[-1])
+            source = frozen.actor["embed"]["embedding"]
+            embedding = generator.relaxed_prompt(setup, logits, sampled, source, frozen.allowed, key, rows, temperature)
+    if task:
+        loras = adapter(setup, params, frozen, query, templated)
+        losses["task"] = task_loss(setup, frozen, loras, batch, *prompts, embedding)
+        metrics |= delta_metrics(setup, frozen, loras)
+        words = jnp.sum(prompts[1] & (prompts[0] != setup.end_id))
+        tokens += rows.size * len(setup.prefix) + words + jnp.sum(batch["query_mask"]) + jnp.sum(batch["answer_mask"])
+    loss = losses.get("task", 0.0) + config.train.prompt_weight * losses.get("prompt", 0.0)
+    return loss, {**{f"{name}_loss": value for name, value in losses.items()}, **metrics, "tokens": tokens}
 
-    task = task_loss(setup, frozen, loras, batch, sampled.tokens, sampled.mask, embedding)
-    prompt = prompt_loss(setup, weights, expert_states, batch)
-    written, expert = jnp.sum(sampled.mask), jnp.sum(batch["expert_mask"])
-    words = jnp.sum(sampled.mask & (sampled.tokens != setup.end_id))
-    read = jnp.sum(batch["generator_mask"]) + expert + written
-    read += rows.size * len(setup.prefix) + words + jnp.sum(batch["query_mask"]) + jnp.sum(batch["answer_mask"])
-    return task + config.train.prompt_weight * prompt, {
-        "task_loss": task,
-        "prompt_loss": prompt,
-        "delta_norm": jnp.sqrt(jnp.mean(lora.squared_norm(loras))),
-        "prompt_tokens": written / rows.size,
-        "expert_tokens": expert,
-        "tokens": read,
+
+def adapter(setup, params, frozen, query, templated):
+    """Returns the LoRA of a batch: each row's own, or the static one of all rows."""
+    if setup.method.adapter == "static":
+        return generator.static(params["hyper"], setup.config.hyper.scale)
+    h = generator.encode(setup, params, frozen, *templated) if "encoder" in params else query.h
+    return generator.adapt(setup, params["hyper"], h)
+
+
+def temperature_at(config, step):
+    """Returns the temperature at which prompts are sampled in a step of the joint phase: `final_temperature` in its last."""
+    first, last = config.generator.temperature, config.generator.final_temperature
+    return first if last is None else first * (last / first) ** (step / max(config.train.num_steps - 1, 1))
+
+
+def delta_metrics(setup, frozen, loras) -> dict:
+    """Returns the norm of the batch's deltas (root mean square over queries), that norm over the adapted weights' own, and for
+    generated ones the share of their squared norm that differs between queries and the number of directions that they span.
+    """
+    loras = jax.lax.stop_gradient(loras)
+    layers = frozen.actor["layers"]
+    stacks = layers if isinstance(layers, tuple) else (layers,)
+    weights = sum(jnp.sum(jnp.square(stack[name]["kernel"].astype(jnp.float32))) for stack in stacks for name in loras)
+    if setup.method.adapter == "static":
+        norm = lora.norm(loras)
+        return {"delta_norm": norm, "delta_ratio": norm / jnp.sqrt(weights)}
+    gram = lora.gram(loras)
+    squared = jnp.mean(jnp.diagonal(gram))
+    variance = 1 - jnp.mean(gram) / jnp.where(squared > 0, squared, jnp.inf)
+    return {
+        "delta_norm": jnp.sqrt(squared),
+        "delta_ratio": jnp.sqrt(squared / weights),
+        "delta_variance": jnp.where(squared > 0, variance, 0.0),
+        "delta_rank": lora.effective_rank(gram),
     }
+
+
+def actor_loss(setup, params, prompt_copy, frozen, batch, key, step):
+    """Returns (loss, metrics) of the actor's warm-up: cross-entropy of the answers under the initial prompt.
+
+    Source: MetaTuner (arXiv 2509.24245), supervised fine-tuning before the joint phase.
+    """
+    config = setup.config.warmup
+    if config.actor_train == "full":
+        frozen = frozen.replace(actor=jax.tree.map(lambda leaf: leaf.astype(setup.dtype), params["actor"]))
+        loras = None
+    else:
+        loras = generator.static(params["actor"], config.scale)
+    loss = task_loss(setup, frozen, loras, batch, batch["initial"], batch["initial_mask"])
+    words = jnp.sum(batch["initial_mask"]) - batch["initial_mask"].shape[0]
+    prefix = batch["query"].shape[0] * len(setup.prefix)
+    tokens = prefix + words + jnp.sum(batch["query_mask"]) + jnp.sum(batch["answer_mask"])
+    return loss, {"task_loss": loss, "tokens": tokens}
+
+
+def preference_loss(setup, params, prompt_copy, frozen, batch, key, step):
+    """Returns (loss, metrics) of direct preference optimisation: -log sigmoid(beta * margin), meaned over pairs.
+
+    The margin is how much more than the reference policy the actor with the adapter prefers `chosen` to `rejected`, by summed
+    log-likelihoods, in nats. The reference is the actor without the adapter, from which the adapter started.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
+    """
+    loras = generator.static(params["hyper"], setup.config.hyper.scale)
+    twice = lambda name: jnp.concatenate([batch[name]] * 2)
+    rows = tuple(twice(name) for name in ("expert", "expert_mask", "query", "query_mask"))
+    answers, mask = (jnp.concatenate([batch["chosen" + end], batch["rejected" + end]]) for end in ("", "_mask"))
+    policy, reference = (
+        actor.log_likelihood(setup, frozen, used, *rows, answers, mask) * jnp.sum(mask, axis=1) for used in (loras, None)
+    )
+    gain = policy - jax.lax.stop_gradient(reference)
+    chosen, rejected = jnp.split(gain, 2)
+    margin = setup.config.preference.beta * (chosen - rejected)
+    loss = -jnp.mean(jax.nn.log_sigmoid(margin))
+    words = jnp.sum(rows[1] & (rows[0] != setup.end_id))
+    tokens = 2 * (answers.shape[0] * len(setup.prefix) + words + jnp.sum(rows[3]) + jnp.sum(mask))
+    metrics = {"preference_loss": loss, "margin": jnp.mean(margin), "preferred": jnp.mean(margin > 0), "tokens": tokens}
+    return loss, {**metrics, **delta_metrics(setup, frozen, loras)}

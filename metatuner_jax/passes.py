@@ -6,19 +6,19 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from metatuner_jax import actor, generator, lora, sharding
+from metatuner_jax import actor, data, generator, lora, sharding
 
 
 class Written(NamedTuple):
     """Prompts, and the states of their queries."""
 
-    h: np.ndarray  # float32 [n, d]: state at layer k of each query
+    h: np.ndarray | None  # float32 [n, d]: state at layer k of each query; None where no LoRA is written from it
     tokens: np.ndarray  # int32 [n * copies, m]: the prompts of a query stand together
     mask: np.ndarray  # bool [n * copies, m]
 
 
 class Answered(NamedTuple):
-    """Greedy answers."""
+    """Answers of the actor."""
 
     tokens: np.ndarray  # int32 [n, m]
     mask: np.ndarray  # bool [n, m]
@@ -39,6 +39,7 @@ class Passes:
         self._encode = jax.jit(functools.partial(_encode, setup))
         self._write = jax.jit(functools.partial(_write, setup), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
+        self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))
         self._answer = jax.jit(functools.partial(_answer, setup), static_argnums=0)
 
     def encode(self, params, rows, index) -> np.ndarray:
@@ -62,6 +63,29 @@ class Passes:
         h, tokens, mask = self._batched("writing prompts", len(index), self._queries(rows, index), run, size)
         return Written(h, *(leaf.reshape(len(index) * copies, -1) for leaf in (tokens, mask)))
 
+    def prompts(self, params, rows, index, for_all=None) -> Written:
+        """Returns the prompt with which the method answers each query, greedy where it is written.
+
+        Args:
+          for_all: ids of the prompt of a whole task, end token included; None: each row's initial one.
+        """
+        method = self.setup.method
+        if method.prompt == "written":
+            return self.write(params, rows, index)
+        h = self.encode(params, rows, index) if method.adapter == "generated" else None
+        if for_all is None:
+            return Written(h, rows.initial[index], rows.initial_mask[index])
+        return Written(h, *data.pad([for_all] * len(index), rows.initial.shape[1], "right"))
+
+    def adapter(self, params, h):
+        """Returns the method's adapter for the queries with states h, as `answer` takes it."""
+        if self.setup.method.adapter is None or "hyper" not in params:
+            return None
+        if self.setup.method.adapter == "generated":
+            return lambda at: self.adapt(params["hyper"], h[at])
+        loras = self._static(params["hyper"])
+        return lambda at: loras
+
     def _queries(self, rows, index):
         return lambda at: (rows.generator[index[at]], rows.generator_mask[index[at]], rows.own[index[at]])
 
@@ -79,9 +103,10 @@ class Passes:
         return lora.mean(batches, rank)
 
     def answer(
-        self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering", weigh: bool = False, max_tokens: int | None = None
+        self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering", weigh: bool = False,
+        max_tokens: int | None = None, key=None, temperature: float = 0.0,
     ) -> Answered:
-        """Returns greedy answers.
+        """Returns answers, greedy without a key; a sample depends on the key and the place in `index` alone.
 
         Args:
           prompt, prompt_mask: [n, m], a prompt for each place in `index`.
@@ -91,7 +116,8 @@ class Passes:
         max_tokens = max_tokens or self.setup.config.actor.max_answer_tokens
 
         def run(at, *batch):
-            sampled, likelihood = self._answer(max_tokens, self.frozen, adapter(at) if adapter else None, *batch)
+            noise = None if key is None else (key, at.astype(np.int32), temperature)
+            sampled, likelihood = self._answer(max_tokens, self.frozen, adapter(at) if adapter else None, noise, *batch)
             return Answered(sampled.tokens, sampled.mask, sampled.first, likelihood)
 
         def part(at):
@@ -119,7 +145,7 @@ class Passes:
 
 
 def _encode(setup, params, frozen, tokens, mask, own):
-    return generator.read(setup, params, frozen, tokens, mask, own).h
+    return generator.encode(setup, params, frozen, tokens, mask, own)
 
 
 def _write(setup, copies, params, frozen, tokens, mask, own, key=None, places=None, temperature=0.0):
@@ -127,10 +153,11 @@ def _write(setup, copies, params, frozen, tokens, mask, own, key=None, places=No
     prefill = generator.start(setup, params, frozen, query).repeat(copies)
     if places is not None:
         places = (places[:, None] * copies + np.arange(copies, dtype=np.int32)).reshape(-1)
-    return query.h, generator.write(setup, params, frozen, prefill, key, places, temperature)
+    h = generator.encode(setup, params, frozen, tokens, mask, own) if "encoder" in params else query.h
+    return h, generator.write(setup, params, frozen, prefill, key, places, temperature)
 
 
-def _answer(setup, max_tokens, frozen, loras, prompt, prompt_mask, query, query_mask, *reference):
+def _answer(setup, max_tokens, frozen, loras, noise, prompt, prompt_mask, query, query_mask, *reference):
     rows = (prompt, prompt_mask, query, query_mask)
     likelihood = actor.log_likelihood(setup, frozen, loras, *rows, *reference) if reference else None
-    return actor.answer(setup, frozen, loras, *rows, max_tokens), likelihood
+    return actor.answer(setup, frozen, loras, *rows, max_tokens, *(noise or ())), likelihood

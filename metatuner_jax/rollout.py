@@ -1,4 +1,4 @@
-"""Best-of-n prompts: the expert set, and its store on disk."""
+"""Best-of-n prompts: the expert set, its store on disk, and the rollouts that fill it."""
 
 import json
 import os
@@ -14,47 +14,69 @@ class Experts:
     """The best prompt found so far for each train row, and the file of every attempt.
 
     A line of the file is one attempt: `step, id, prompt, answer, score, log_likelihood, best, tokens`. `best` marks the winner of its
-    refresh, `tokens` are the prompt's ids, which are spliced as they are and never made again from the text.
+    refresh, `tokens` are the prompt's ids, which are spliced as they are and never made again from the text. A line whose `id` is null
+    is the outcome of a search: its prompt is that of all rows, its score a mean.
     """
 
-    def __init__(self, path, ids, initial_tokens, length: int):
-        """Starts from the initial prompt for every row. `length`: columns for a prompt, its end token included."""
+    def __init__(self, path, ids, initial, initial_mask):
+        """Starts from each row's initial prompt, int32 and bool [rows, p], its end token included."""
         self.path = pathlib.Path(path)
         self.places = {row_id: i for i, row_id in enumerate(ids)}
-        self.ids = list(ids)
-        self.tokens = np.zeros((len(ids), length), np.int32)
-        self.mask = np.zeros((len(ids), length), bool)
-        for place in range(len(ids)):
-            self._set(place, initial_tokens)
+        self.initial, self.initial_mask = np.array(initial), np.array(initial_mask)
+        self._clear()
+
+    def _clear(self):
+        self.tokens, self.mask = self.initial.copy(), self.initial_mask.copy()
+        self.scores = np.full(len(self.places), np.nan)  # of the best prompts, as of their refresh
+        self.found = []  # (step, ids) of the prompts for all rows
+        self.known = {}  # (row id, prompt's ids) -> the newest attempt
+        self.calls = 0  # answers decoded so far
 
     def tokens_of(self, index) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the expert prompts of train rows, (int32 tokens, bool mask), both [n, length]."""
+        """Returns the expert prompts of train rows, (int32 tokens, bool mask), both [n, p]."""
         return self.tokens[index], self.mask[index]
+
+    def for_all(self, step: int | None = None) -> list[int] | None:
+        """Returns the ids of the best prompt for the whole task, end token included, None where no search has found one.
+
+        Args:
+          step: leave out what was found at this step or later.
+        """
+        found = [ids for at, ids in self.found if step is None or at < step]
+        return found[-1] if found else None
+
+    def summary(self) -> dict:
+        """Returns how many rows have another expert than their initial prompt, and the mean score of all experts that have one."""
+        same = (self.mask == self.initial_mask).all(axis=1) & (np.where(self.mask, self.tokens == self.initial, True)).all(axis=1)
+        scored = self.scores[~np.isnan(self.scores)]
+        return {"expert_size": int((~same).sum()), **({"expert_score": float(scored.mean())} if len(scored) else {})}
 
     def add(self, attempts: list[dict]) -> None:
         """Appends attempts to the file, and makes the best ones experts."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for attempt in attempts:
-                file.write(json.dumps(attempt, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, attempts)
         self._take(attempts)
 
     def restore(self, step: int) -> None:
         """Reads back the attempts of refreshes before `step` and drops the file's other lines."""
         attempts = [attempt for attempt in read_lines(self.path) if attempt["step"] < step]
         write_lines(self.path, attempts)
+        self._clear()
         self._take(attempts)
 
     def _take(self, attempts):
         for attempt in attempts:
+            ids = attempt["tokens"]
+            if attempt["id"] is None:
+                self.found.append((attempt["step"], ids))
+                self.tokens[:], self.mask[:] = data.pad([ids], self.tokens.shape[1], "right")
+                self.scores[:] = attempt["score"]
+                continue
+            self.calls += not attempt.get("known")
+            self.known[attempt["id"], tuple(ids)] = attempt
             if attempt["best"]:
-                self._set(self.places[attempt["id"]], attempt["tokens"])
-
-    def _set(self, place, tokens):
-        self.mask[place] = np.arange(self.mask.shape[1]) < len(tokens)
-        self.tokens[place] = 0
-        self.tokens[place, : len(tokens)] = tokens
+                place = self.places[attempt["id"]]
+                (self.tokens[place],), (self.mask[place],) = data.pad([ids], self.tokens.shape[1], "right")
+                self.scores[place] = attempt["score"]
 
 
 def read_lines(path) -> list[dict]:
@@ -66,15 +88,21 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def write_lines(path, objects) -> None:
-    """Replaces a JSON Lines file in one stroke: it is whole at any moment."""
-    path = pathlib.Path(path)
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
+def append_lines(path, objects) -> None:
+    """Adds lines to a JSON Lines file; they are on disk when this returns."""
+    with pathlib.Path(path).open("a", encoding="utf-8") as file:
         for item in objects:
             file.write(json.dumps(item, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_lines(path, objects) -> None:
+    """Replaces a JSON Lines file in one stroke: it is whole at any moment."""
+    path = pathlib.Path(path)
+    beside = path.with_name(path.name + ".new")
+    beside.unlink(missing_ok=True)
+    append_lines(beside, objects)
     beside.replace(path)
 
 
@@ -86,32 +114,89 @@ def best(attempts: list[dict]) -> int:
     return max(range(len(attempts)), key=lambda i: (attempts[i]["score"], attempts[i]["log_likelihood"], -i))
 
 
-def queries_at(step: int, num_rows: int, config: config_lib.Config) -> np.ndarray:
-    """Returns the train rows that a refresh before `step` takes, a function of the step alone.
+def queries_at(done: int, num_rows: int, config: config_lib.Config, num_steps: int, count: int | None = None) -> np.ndarray:
+    """Returns the train rows that a refresh takes after `done` steps of a phase of `num_steps`, a function of these alone.
 
     They are drawn from the rows of the steps up to the next refresh, so that new experts are learnt from while they are new; others
     fill up where these are too few.
     """
-    rng = np.random.default_rng([config.seed, 2, step])
-    steps = range(step, min(step + config.rollout.every, config.train.num_steps))
-    coming = np.unique([data.order_at(s, num_rows, config.train.batch_size, config.seed) for s in steps])
+    rng = np.random.default_rng([config.seed, 2, done])
+    steps = range(done, min(done + config.rollout.every, num_steps))
+    batches = [data.order_at(step, num_rows, config.train.batch_size, config.seed) for step in steps]
+    coming = np.unique(batches).astype(np.int64)
     others = np.setdiff1d(np.arange(num_rows), coming)
-    return np.concatenate([rng.permutation(coming), rng.permutation(others)])[: config.rollout.num_queries]
+    return np.concatenate([rng.permutation(coming), rng.permutation(others)])[: count or config.rollout.num_queries]
 
 
-def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: int) -> dict:
+def affordable(budget: int | None, calls: int, wanted: int, each: int) -> int:
+    """Returns how many queries or prompts, of the wanted number, a budget still pays for at `each` actor calls apiece."""
+    return wanted if budget is None else max(min(wanted, (budget - calls) // each), 0)
+
+
+def candidates_of(incumbent, sampled, sampled_mask, end_id: int) -> list[tuple[int, ...]]:
+    """Returns the prompts to be tried, ids with the end token: the incumbent first, then each new one once."""
+    seen = {tuple(int(i) for i in incumbent): None}
+    for ids, mask in zip(sampled, sampled_mask):
+        words = tuple(int(i) for i in ids[mask])
+        if words[-1] != end_id:  # ran into the length limit: learn to end where it was cut
+            words = (*words[:-1], end_id)
+        seen.setdefault(words, None)
+    return list(seen)
+
+
+def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, known=None) -> list[dict]:
+    """Returns what the actor's greedy answers are worth, one attempt for each place in `index`, as they stand in the store.
+
+    Args:
+      index: rows of the split, one for each prompt.
+      prompts: ids with the end token, one for each row in `index`.
+      adapter: from places in `index` to LoRA, or None.
+      known: attempts whose answers still stand, by (row id, ids); these are not made again. For an actor that does not change.
+    """
+    ids_of = lambda i: rows.examples[index[i]].id
+    known = known or {}
+    new = np.array([i for i in range(len(index)) if (ids_of(i), prompts[i]) not in known], np.int64)
+    answers = {}
+    if len(new):
+        tried, mask = data.pad([prompts[i] for i in new], rows.initial.shape[1], "right")
+        answered = passes.answer(
+            rows, index[new], tried, mask, adapter and (lambda at: adapter(new[at])), what="rollouts: answering", weigh=True
+        )
+        answers = {i: (tokens.decode(answered.tokens[j], answered.mask[j]), answered.likelihood[j]) for j, i in enumerate(new)}
+    attempts = []
+    for i, words in enumerate(prompts):
+        example = rows.examples[index[i]]
+        if i in answers:
+            text, likelihood = answers[i]
+            outcome = {"answer": text, "score": score(text, example).strict, "log_likelihood": round(float(likelihood), 6)}
+        else:
+            before = known[example.id, words]
+            outcome = {name: before[name] for name in ("answer", "score", "log_likelihood")}
+        attempts.append({"step": step, "id": example.id, "prompt": tokens.decode(words), **outcome, "best": False, "tokens": list(words)})
+        if i not in answers:
+            attempts[-1]["known"] = True
+    return attempts
+
+
+def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: int, done: int, num_steps: int) -> dict:
     """Lets sampled prompts compete with the incumbents of some train queries, and returns what came of it.
 
     For each query, n prompts are sampled with the live generator; the actor answers greedily under each of them and under the
-    incumbent, all with the query's own current LoRA. Prompts that occur twice are tried once.
+    incumbent, all with the query's own current LoRA. Prompts that occur twice are tried once, and where the actor has no adapter those
+    tried in an earlier refresh are not tried again.
 
     Args:
       tokens: the run's `data.Tokens`.
       score: the task's scoring function.
+      step: of the run; done, num_steps: of the phase.
     """
     config = passes.setup.config
-    chosen = queries_at(step, len(rows), config)
     n = config.rollout.num_prompts
+    wanted = affordable(config.rollout.budget, experts.calls, config.rollout.num_queries, n + 1)
+    if not wanted:
+        what = f"no rollouts: rollout.budget={config.rollout.budget} actor calls are spent"
+        return {"what": what, "rollout_queries": 0, "rollout_attempts": 0}
+    chosen = queries_at(done, len(rows), config, num_steps, wanted)
     h, prompt, prompt_mask = passes.write(params, rows, chosen, key, config.rollout.temperature, copies=n)
 
     candidates = []  # (place in chosen, ids with the end token), the incumbent first
@@ -119,33 +204,16 @@ def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: in
         incumbent, real = experts.tokens_of(row)
         if not real.any():
             raise RuntimeError(f"step {step}: the expert set is not in use: query {rows.examples[row].id!r} has no expert prompt")
-        seen = {}
-        for ids, mask in [(incumbent, real), *zip(prompt[place * n : (place + 1) * n], prompt_mask[place * n : (place + 1) * n])]:
-            words = tuple(int(i) for i in ids[mask])
-            if words[-1] != tokens.end_id:  # ran into the length limit: learn to end where it was cut
-                words = (*words[:-1], tokens.end_id)
-            seen.setdefault(words, None)
-        candidates += [(place, words) for words in seen]
+        at = slice(place * n, (place + 1) * n)
+        candidates += [(place, words) for words in candidates_of(incumbent[real], prompt[at], prompt_mask[at], tokens.end_id)]
 
     owner = np.array([place for place, _ in candidates])
-    width = experts.tokens.shape[1]
-    tried = np.array([list(words) + [0] * (width - len(words)) for _, words in candidates], np.int32)
-    tried_mask = np.array([[True] * len(words) + [False] * (width - len(words)) for _, words in candidates])
-    index = chosen[owner]
-    adapter = lambda at: passes.adapt(params["hyper"], h[owner[at]])
-    answered = passes.answer(rows, index, tried, tried_mask, adapter, what="rollouts: answering", weigh=True)
-
-    attempts = []
-    for i, (place, words) in enumerate(candidates):
-        text = tokens.decode(answered.tokens[i], answered.mask[i])
-        example = rows.examples[chosen[place]]
-        attempts.append(
-            {
-                "step": step, "id": example.id, "prompt": tokens.decode(words), "answer": text,
-                "score": score(text, example).strict, "log_likelihood": round(float(answered.likelihood[i]), 6), "best": False,
-                "tokens": list(words),
-            }  # fmt: skip
-        )
+    adapter = passes.adapter(params, h)
+    known = experts.known if adapter is None else None
+    attempts = attempt(
+        passes, rows, chosen[owner], [words for _, words in candidates], adapter and (lambda at: adapter(owner[at])), tokens, score,
+        step, known,
+    )  # fmt: skip
     changed = 0
     for place in range(len(chosen)):
         places = np.flatnonzero(owner == place)
@@ -154,11 +222,13 @@ def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: in
         changed += winner != 0
     experts.add(attempts)
     winners = [attempt for attempt in attempts if attempt["best"]]
-    for attempt in winners:
-        ids, mask = experts.tokens_of(experts.places[attempt["id"]])
-        if list(ids[mask]) != attempt["tokens"]:
-            raise RuntimeError(f"the expert set does not hold the winning prompt of query {attempt['id']!r}: it is not in use")
+    for winner in winners:
+        ids, mask = experts.tokens_of(experts.places[winner["id"]])
+        if list(ids[mask]) != winner["tokens"]:
+            raise RuntimeError(f"the expert set does not hold the winning prompt of query {winner['id']!r}: it is not in use")
+    mean = float(np.mean([attempt["score"] for attempt in winners]))
+    calls = sum(not attempt.get("known") for attempt in attempts)
     return {
-        "rollout_queries": len(chosen), "rollout_attempts": len(attempts), "rollout_changed": int(changed),
-        "rollout_score": float(np.mean([attempt["score"] for attempt in winners])),
+        "what": f"rollouts for {len(chosen)} queries, {calls} attempts: {changed} new experts, mean score {mean:.2f}",
+        "rollout_queries": len(chosen), "rollout_attempts": calls, "rollout_changed": int(changed), "rollout_score": mean,
     }  # fmt: skip

@@ -14,6 +14,7 @@ ROWS = ("data", "fsdp")  # the mesh axes that split a batch
 # First match wins. A path is the keys from the root, joined by slashes; a spec names the mesh axis of each array axis. An axis that
 # the mesh does not divide evenly is left whole.
 RULES = (
+    (r"hyper/.*(layer_embedding|projection_embedding|trunk_in|trunk_mid|trunk_shift)$", ()),
     (r"embedding$|head/kernel$", ("tensor", "fsdp")),
     (r"(^|/)(q|k|v|gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"(^|/)(o|down)/kernel$", (None, "tensor", "fsdp")),
@@ -21,7 +22,7 @@ RULES = (
     (r"hyper/.*_down$", (None, "fsdp", None)),
     (r"hyper/.*_up$", (None, None, "fsdp")),
     (r"hyper/.*_bias$", (None, "fsdp")),
-    (r"(shared|prompt|prompt_copy)/(q|k|v|o|gate|up|down)/[ab]$", ()),
+    (r"(^|/)(q|k|v|o|gate|up|down)/[ab]$", ()),
     (r"scale$", ()),
     (r"(^|/)(step|count|allowed|bad_steps)$", ()),
 )

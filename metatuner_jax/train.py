@@ -1,5 +1,6 @@
-"""The joint phase: one compiled step, and the loop around it."""
+"""The phases of a run, the compiled step of each, and the loop around them."""
 
+import dataclasses
 import functools
 import time
 from typing import Any
@@ -11,73 +12,161 @@ import numpy as np
 import optax
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, evaluate, rollout, sharding
+from metatuner_jax import data, evaluate, generator, losses, lora, preference, rollout, search, sharding, transformer
 
 
 @flax.struct.dataclass
 class TrainState:
-    step: Any  # int32 [], updates done so far
-    params: Any  # all that learns: {"embed", "shared", "prompt", "hyper"}
-    prompt_copy: Any  # params["prompt"] as of the last multiple of sync_every; {} where prompts have a gradient
-    opt_state: Any
+    step: Any  # int32 [], updates done so far, in all phases
+    params: Any  # all that learns, by part: {"embed", "shared", "prompt", "hyper"} and what `generator.init` adds
+    prompt_copy: Any  # params["prompt"] as of the last multiple of sync_every; {} where prompts have a gradient or are not written
+    opt_state: Any  # by part; {} for a part that no longer learns
     bad_steps: Any  # int32 [], steps in a row that were not applied
 
 
-def make_optimizer(config: config_lib.TrainConfig) -> optax.GradientTransformation:
-    """Returns AdamW with clipping by the global norm, a linear warm-up, and the decay and rates that the config names.
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with one objective."""
 
-    The generator has a rate of its own: where it moves fast, the states that the hypernetwork reads and the prompts that the actor reads
-    move under what was learnt from them, and the delta grows without bound.
+    name: str  # 'actor', 'generator' or 'joint'
+    first: int  # number of its first step, counted through all phases
+    steps: int
+    learning_rate: float
+    turns: tuple[tuple[Any, tuple[str, ...]], ...]  # (loss, the parts that it teaches); more than one take turns
+    turn_steps: int = 1  # steps of one before the next one's turn
+    rollouts: bool = False  # whether the expert set is refreshed
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Every part that learns in some turn."""
+        return tuple(dict.fromkeys(part for _, parts in self.turns for part in parts))
+
+    def turn_at(self, step: int) -> int:
+        """Returns the place in `turns` of a step, counted through all phases."""
+        return (step - self.first) // self.turn_steps % len(self.turns)
+
+
+def phases(setup) -> list[Phase]:
+    """Returns the phases of a run in their order, without empty ones.
+
+    Source: MetaTuner (arXiv 2509.24245): two warm-ups, then the joint phase, whose terms are summed (J) or take turns (I).
     """
-    final = 0.1 if config.decay == "cosine" else 1.0
-    rate = optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (config.warmup_steps + 1),
-        peak_value=config.learning_rate,
+    config, method = setup.config, setup.method
+    joint = functools.partial(losses.joint_loss, setup)
+    only = lambda term: functools.partial(joint, terms=(term,))
+    if method.preference:
+        turns = ((functools.partial(losses.preference_loss, setup), method.parts),)
+    elif method.alternating:
+        parts = method.parts
+        turns = (
+            (only("task"), tuple(part for part in parts if part != "prompt")),
+            (only("prompt"), tuple(part for part in parts if part not in ("hyper", "encoder"))),
+        )
+    else:
+        turns = ((joint, method.parts),)
+    planned = [
+        ("actor", config.warmup.actor_steps, config.warmup.learning_rate, ((functools.partial(losses.actor_loss, setup), ("actor",)),), 1),
+        ("generator", config.warmup.generator_steps, config.warmup.learning_rate, ((only("prompt"), ("embed", "shared", "prompt")),), 1),
+        ("joint", config.train.num_steps if method.learns else 0, config.train.learning_rate, turns, config.train.alternate_every),
+    ]
+    found, first = [], 0
+    for name, steps, rate, turns, turn_steps in planned:
+        if steps:
+            rollouts = bool(config.rollout.every) and name != "actor" and (method.prompt != "initial" or method.preference)
+            found.append(Phase(name, first, steps, rate, turns, turn_steps, rollouts))
+            first += steps
+    return found
+
+
+def phase_at(planned: list[Phase], step: int) -> Phase:
+    """Returns the phase of a step, counted through all phases; the last one's after the end."""
+    return next((phase for phase in planned if step < phase.first + phase.steps), planned[-1])
+
+
+# --- the optimiser ---
+
+
+def make_optimizer(config: config_lib.TrainConfig) -> optax.GradientTransformation:
+    """Returns AdamW but for the rate (see `rate_at`), which every part of the tree has an own instance of."""
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay))
+
+
+def rate_at(config: config_lib.TrainConfig, phase: Phase, step):
+    """Returns the learning rate after `step` steps of a phase: a linear rise, then what the config names."""
+    peak, final = phase.learning_rate, 0.1 if config.decay == "cosine" else 1.0
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=peak / (config.warmup_steps + 1),
+        peak_value=peak,
         warmup_steps=config.warmup_steps,
-        decay_steps=max(config.num_steps, config.warmup_steps + 1),
-        end_value=final * config.learning_rate,
+        decay_steps=max(phase.steps, config.warmup_steps + 1),
+        end_value=final * peak,
     )
-
-    def scale_generator(updates, _):
-        scaled = jax.tree.map(lambda update: config.generator_rate * update, updates)
-        return {**scaled, "hyper": updates["hyper"]}
-
-    adam = optax.adamw(rate, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam, optax.stateless(scale_generator))
+    return schedule(step)
 
 
-def init_state(config: config_lib.TrainConfig, params: dict) -> TrainState:
+def part_rate(config: config_lib.TrainConfig, phase: Phase, part: str) -> float:
+    """Returns a part's rate over the phase's: the generator learns at one of its own beside the hypernetwork.
+
+    Where it moves fast, the states that the hypernetwork reads and the prompts that the actor reads move under what was learnt from
+    them, and the delta grows without bound.
+    """
+    return config.generator_rate if phase.name == "joint" and part not in ("hyper", "actor") else 1.0
+
+
+def init_state(setup, params: dict) -> TrainState:
     """Returns the state before the first update."""
-    copy = params["prompt"] if config.prompt_gradient == "none" else {}
-    copy = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), copy)
-    return TrainState(jnp.int32(0), params, copy, make_optimizer(config).init(params), jnp.int32(0))
+    config = setup.config.train
+    copies = "prompt" in params and setup.method.adapter is not None and config.prompt_gradient == "none"
+    copy = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params["prompt"] if copies else {})
+    tx = make_optimizer(config)
+    return TrainState(jnp.int32(0), params, copy, {part: tx.init(tree) for part, tree in params.items()}, jnp.int32(0))
 
 
-def make_train_step(loss_fn, tx, sync_every: int):
+def rest(state: TrainState, planned: list[Phase], step: int) -> TrainState:
+    """Returns the state, as of `step`, without the moments of parts that no coming step teaches: an actor warmed up in full has large ones."""
+    coming = {part for phase in planned if step < phase.first + phase.steps for part in phase.parts}
+    return state.replace(opt_state={part: tree if part in coming else {} for part, tree in state.opt_state.items()})
+
+
+# --- the step ---
+
+
+def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts: tuple[str, ...]):
     """Returns step(state, frozen, batch, key) -> (state, metrics), compiled once, its state donated.
 
-    A step whose loss or gradient is not finite changes nothing but the counts.
+    Parts that are not named stay as they are: no update, no moments, no decay. A step whose loss or gradient is not finite changes
+    nothing but the counts.
 
     Args:
-      loss_fn: (params, prompt_copy, frozen, batch, key) -> (loss, metrics), such as `losses.joint_loss` after its setup.
-      sync_every: steps between copies of params["prompt"] into the frozen copy.
+      loss_fn: (params, prompt_copy, frozen, batch, key, step) -> (loss, metrics), such as `losses.joint_loss` after its setup.
+      parts: of the tree, those that learn.
     """
+    tx = make_optimizer(config)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, frozen, batch, key):
-        key = jax.random.fold_in(key, state.step)
+        key, done = jax.random.fold_in(key, state.step), state.step - phase.first
         copy = state.prompt_copy
         if copy:
-            synced = state.step % sync_every == 0
+            synced = done % config.sync_every == 0
             copy = jax.tree.map(lambda old, live: jnp.where(synced, live, old), copy, state.params["prompt"])
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, copy, frozen, batch, key)
+        learning = {part: state.params[part] for part in parts}
+
+        def loss_of(learning):
+            return loss_fn({**state.params, **learning}, copy, frozen, batch, key, done)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(learning)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
+        params, opt_state = dict(state.params), dict(state.opt_state)
+        for part in parts:
+            updates, moments = tx.update(jax.tree.map(lambda leaf: clip * leaf, grads[part]), state.opt_state[part], state.params[part])
+            rate = rate_at(config, phase, done) * part_rate(config, phase, part)
+            updated = optax.apply_updates(state.params[part], jax.tree.map(lambda leaf: -rate * leaf, updates))
+            params[part], opt_state[part] = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (updated, moments), (state.params[part], state.opt_state[part])
+            )
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         state = TrainState(state.step + 1, params, copy, opt_state, bad_steps)
         return state, {**metrics, "loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
@@ -85,52 +174,201 @@ def make_train_step(loss_fn, tx, sync_every: int):
     return train_step
 
 
-def fit(setup, frozen, state, train_step, keys, rows, experts, tokens, score, passes, checkpoints, mesh, log) -> TrainState:
-    """Trains from `state.step` to the last step: rollouts, steps, validation and checkpoints. Returns the last state.
+def make_gradient_share(setup):
+    """Returns share(state, frozen, batch, key, step) -> the task term's part of the two terms' gradients in the shared layers, 0 to 1.
 
-    Args:
-      keys: {"step", "rollout"}: the run's keys.
-      rows: {"train", "validation"}: `data.Rows`.
-      log: log(metrics), for each step.
-
-    Raises:
-      RuntimeError: too many steps in a row were not finite, or the expert set is not in use.
+    Norm over the sum of the two norms, the prompt term's with its weight. A forward and backward pass of each term.
     """
-    config, progress = setup.config, passes.progress
-    total, first = config.train.num_steps, int(state.step)
-    with progress.task("training", total, first) as advance:
-        for step in range(first, total):
-            extra = {}
-            if config.rollout.every and step % config.rollout.every == 0:
+
+    @jax.jit
+    def share(state, frozen, batch, key, step):
+        def norm(term):
+            def loss_of(shared):
+                params = {**state.params, "shared": shared}
+                return losses.joint_loss(setup, params, state.prompt_copy, frozen, batch, key, step, terms=(term,))[0]
+
+            return optax.tree.norm(jax.grad(loss_of)(state.params["shared"]))
+
+        task, prompt = norm("task"), norm("prompt")
+        return task / jnp.maximum(task + prompt, 1e-30)
+
+    return share
+
+
+# --- between phases ---
+
+
+def warmed_up(setup, frozen: generator.Frozen, params: dict) -> generator.Frozen:
+    """Returns the frozen weights after the actor's warm-up: its LoRA merged into them, or its own weights in their place."""
+    if setup.config.warmup.actor_train == "full":
+        actor = jax.tree.map(lambda leaf: jnp.array(leaf, setup.dtype, copy=True), params["actor"])
+        return frozen.replace(actor=actor)
+    loras, layers = generator.static(params["actor"], setup.config.warmup.scale), frozen.actor["layers"]
+    stacks = layers if isinstance(layers, tuple) else (layers,)
+    merged, first = [], 0
+    for stack in stacks:
+        size = jax.tree.leaves(stack)[0].shape[0]
+        merged.append(jax.jit(lora.merge)(stack, transformer.cut(loras, first, first + size)))
+        first += size
+    return frozen.replace(actor={**frozen.actor, "layers": tuple(merged) if isinstance(layers, tuple) else merged[0]})
+
+
+# --- the loop ---
+
+
+class Trainer:
+    """All that the loop of one run works with.
+
+    `fit` is the loop; what it needs between two steps (rollouts, pairs, validation) are functions of other modules.
+    """
+
+    def __init__(self, setup, frozen, keys, rows, experts, pairs, tokens, score, passes, checkpoints, log):
+        """Takes the run's parts.
+
+        Args:
+          keys: {"step", "rollout"}: the run's keys.
+          rows: {"train", "validation"}: `data.Rows`.
+          pairs: `preference.Pairs`, used by dpo alone.
+          log: log(metrics), for each step.
+        """
+        self.setup, self.frozen, self.keys, self.rows, self.experts, self.pairs = setup, frozen, keys, rows, experts, pairs
+        self.tokens, self.score, self.passes, self.checkpoints, self.log = tokens, score, passes, checkpoints, log
+        self.config, self.phases = setup.config, phases(setup)
+        self.total = sum(phase.steps for phase in self.phases)
+        self.warm = False  # whether the warmed-up actor is in place
+
+    def fit(self, state: TrainState) -> TrainState:
+        """Trains from `state.step` to the last step: rollouts, steps, validation and checkpoints. Returns the last state.
+
+        Raises:
+          RuntimeError: too many steps in a row were not finite, or the expert set is not in use.
+        """
+        config, progress, first = self.config, self.passes.progress, int(state.step)
+        compiled, share = {}, None
+        with progress.task("training", self.total, first) as advance:
+            for step in range(first, self.total):
+                phase = phase_at(self.phases, step)
+                if len(self.phases) > 1 and step in (first, phase.first):
+                    progress.line(f"  step {step}: {'the joint phase' if phase.name == 'joint' else f'warm-up of the {phase.name}'}")
+                    state = rest(state, self.phases, step)
+                self.enter(step, state)
+                extra = {"phase": phase.name}
+                if phase.rollouts and (step - phase.first) % config.rollout.every == 0:
+                    extra |= self.refresh(state, step)
                 start = time.perf_counter()
-                key = jax.random.fold_in(keys["rollout"], step)
-                extra = rollout.refresh(passes, state.params, key, rows["train"], experts, tokens, score, step)
-                extra["rollout_s"] = round(time.perf_counter() - start, 3)
-                progress.line(
-                    f"  step {step}: rollouts for {extra['rollout_queries']} queries, {extra['rollout_attempts']} attempts: "
-                    f"{extra['rollout_changed']} new experts, mean score {extra['rollout_score']:.2f}, {extra['rollout_s']:.0f} s"
-                )
-            start = time.perf_counter()
-            batch = data.batch_at(step, rows["train"], experts, config.train.batch_size, config.seed)
-            if config.train.prompt_weight and not batch["expert_mask"].any(axis=1).all():
-                raise RuntimeError(f"step {step}: the expert set is not in use: a query of the batch has no expert prompt")
-            state, metrics = train_step(state, frozen, sharding.place_rows(batch, mesh), keys["step"])
-            metrics = {name: np.asarray(value).item() for name, value in metrics.items()}  # waits for the device
-            step_s = time.perf_counter() - start
-            rate = metrics.pop("tokens") / step_s
-            log({"step": step, **_rounded({**metrics, "tokens_per_s": rate, "step_s": step_s}), **extra})
-            if metrics["bad_steps"] >= config.train.max_bad_steps:
-                raise RuntimeError(
-                    f"the last {metrics['bad_steps']} steps up to {step} had a loss or gradient that is not finite and were not applied: "
-                    "lower train.learning_rate or hyper.scale, and start again in a new --workdir"
-                )
-            advance(1, f"loss {metrics['loss']:.3f}, {rate:.0f} tokens/s")
-            if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == total:
-                score_now = evaluate.validate(passes, state.params, rows["validation"], tokens, score)
-                progress.line(f"  step {step + 1}: validation {100 * score_now:.1f}% of {len(rows['validation'])}, checkpoint")
-                checkpoints.save(step + 1, state, score_now)
-    return state
+                turn = phase.turn_at(step)
+                if (phase.name, turn) not in compiled:
+                    compiled[phase.name, turn] = make_train_step(phase.turns[turn][0], config.train, phase, phase.turns[turn][1])
+                batch = sharding.place_rows(self.batch_at(phase, step), self.passes.mesh)
+                if phase.name == "joint" and self.diagnoses(step - phase.first):
+                    share = share or make_gradient_share(self.setup)
+                    extra["task_gradient_share"] = float(share(state, self.frozen, batch, self.keys["step"], step - phase.first))
+                    start = time.perf_counter()
+                state, metrics = compiled[phase.name, turn](state, self.frozen, batch, self.keys["step"])
+                metrics = {name: np.asarray(value).item() for name, value in metrics.items()}  # waits for the device
+                step_s = time.perf_counter() - start
+                metrics |= {"tokens_per_s": metrics["tokens"] / step_s, "step_s": step_s, **self.experts.summary(), **extra}
+                advance(1, f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:.0f} tokens/s")
+                last = step + 1 == phase.first + phase.steps
+                saves = last or (step + 1 - phase.first) % config.train.checkpoint_every == 0
+                if saves and phase.name == "joint":
+                    metrics["validation"] = self.validate(state)
+                self.log({"step": step, **_rounded(metrics)})
+                if metrics["bad_steps"] >= config.train.max_bad_steps:
+                    raise RuntimeError(
+                        f"the last {metrics['bad_steps']} steps up to {step} had a loss or gradient that is not finite and were not "
+                        "applied: lower train.learning_rate or hyper.scale, and start again in a new --workdir"
+                    )
+                if saves:
+                    if phase.name == "joint":
+                        percent = f"{100 * metrics['validation']:.1f}% of {len(self.rows['validation'])}"
+                        progress.line(f"  step {step + 1}: validation {percent}, checkpoint")
+                    # A warm-up's checkpoints are there to resume from: none is better than any of the joint phase.
+                    self.checkpoints.save(step + 1, rest(state, self.phases, step + 1), metrics.get("validation", -1.0))
+        self.enter(self.total, state)
+        return state
+
+    def enter(self, step: int, state: TrainState) -> None:
+        """Puts the warmed-up actor in its place where the actor's warm-up is over, at `step` or before."""
+        if "actor" in state.params and not self.warm and step >= self.config.warmup.actor_steps:
+            self.frozen = self.passes.frozen = warmed_up(self.setup, self.frozen, state.params)
+            self.warm = True
+
+    def diagnoses(self, done: int) -> bool:
+        """Returns whether a step of the joint phase measures the terms' gradients."""
+        both = self.setup.method.prompt == "written" and self.setup.method.adapter is not None and self.setup.method.shared
+        return both and bool(self.config.train.diagnose_every) and done % self.config.train.diagnose_every == 0
+
+    def validate(self, state: TrainState) -> float:
+        """Returns the mean strict score on validation rows."""
+        return evaluate.validate(self.passes, state.params, self.rows["validation"], self.tokens, self.score, self.experts.for_all())
+
+    def last_search(self, state: TrainState, best: int | None) -> list[int] | None:
+        """Returns the ids of the prompt for all rows with which the trained actor answers, None where each row has its own.
+
+        Methods that search end with a search under the final adapter.
+
+        Args:
+          best: the step of the checkpoint that `state` is, None where nothing was trained.
+        """
+        if self.setup.method.prompt != "searched":
+            return None
+        self.experts.restore(best or 0)  # later searches were under another adapter
+        self.log({"step": self.total, "phase": "search", **self.refresh(state, self.total)})
+        return self.experts.for_all()
+
+    def batch_at(self, phase: Phase, step: int) -> dict[str, np.ndarray]:
+        """Returns the batch of a step: of the rows, or for preferences of the pairs found so far."""
+        config, done = self.config, step - phase.first
+        if phase.name == "joint" and self.setup.method.preference:
+            return self.pairs.batch_at(done, self.rows["train"], self.experts, config.train.batch_size, config.seed)
+        batch = data.batch_at(done, self.rows["train"], self.experts, config.train.batch_size, config.seed)
+        if config.train.prompt_weight and phase.name != "actor" and not batch["expert_mask"].any(axis=1).all():
+            raise RuntimeError(f"step {step}: the expert set is not in use: a query of the batch has no expert prompt")
+        return batch
+
+    def refresh(self, state: TrainState, step: int) -> dict:
+        """Does what comes before a step now and then: rollouts, a search or pairs of answers. Returns its metrics."""
+        start, phase = time.perf_counter(), phase_at(self.phases, step) if self.phases else None
+        key = jax.random.fold_in(self.keys["rollout"], step)
+        done, rows = step - phase.first if phase else 0, self.rows["train"]
+        common = (self.passes, state.params, key, rows, self.experts)
+        if self.setup.method.preference:
+            found = preference.refresh(*common, self.pairs, self.tokens, self.score, step, done, phase.steps)
+        elif self.setup.method.prompt == "searched":
+            found = search.search(*common, self.tokens, self.score, step, done)
+        else:
+            found = rollout.refresh(*common, self.tokens, self.score, step, done, phase.steps)
+        found["rollout_s"] = round(time.perf_counter() - start, 3)
+        self.passes.progress.line(f"  step {step}: {found.pop('what')}, {found['rollout_s']:.0f} s{self.budget_left(step, found)}")
+        return found
+
+    def budget_left(self, step: int, found: dict) -> str:
+        """Returns how many answers for training are decoded, of how many, and how long the rest will take."""
+        config, calls = self.config, self.experts.calls + self.pairs.calls
+        left = sum(
+            calls_of(self.setup) for phase in self.phases if phase.rollouts
+            for at in range(phase.first, phase.first + phase.steps, config.rollout.every) if at > step
+        )  # fmt: skip
+        if self.setup.method.prompt == "searched" and step < self.total:
+            left += calls_of(self.setup)  # the last one, after training
+        total = min(calls + left, max(config.rollout.budget or calls + left, calls))
+        text = f"; {calls} of at most {total} actor calls"
+        if total > calls and found["rollout_attempts"]:
+            minutes, seconds = divmod(int((total - calls) * found["rollout_s"] / found["rollout_attempts"]), 60)
+            text += f", the rest in {minutes}:{seconds:02d}"
+        return text
+
+
+def calls_of(setup) -> int:
+    """Returns how many answers one refresh decodes at most."""
+    config = setup.config
+    if setup.method.preference:
+        return config.rollout.num_queries * config.preference.num_samples
+    if setup.method.prompt == "searched":
+        return config.rollout.search_rounds * (config.rollout.search_prompts + 1) * config.rollout.num_queries
+    return config.rollout.num_queries * (config.rollout.num_prompts + 1)
 
 
 def _rounded(metrics):
-    return {name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in metrics.items()}
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in metrics.items()}

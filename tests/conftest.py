@@ -25,7 +25,7 @@ with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotat
     import metatuner_jax.losses
     import metatuner_jax.transformer
 
-from metatuner_jax import config, generator, transformer
+from metatuner_jax import config, generator, methods, transformer
 
 WORDS = "zero one two three four five six seven eight nine reverse the list of words say in order question instruction".split()
 
@@ -102,7 +102,7 @@ ACTOR = config.ModelConfig(
 END = 2
 
 
-def make_setup(**sections):
+def make_setup(method="metatuner_j", **sections):
     """Returns a Setup of the tiny models; sections as {"train": {"prompt_gradient": ...}}."""
     defaults = {
         "generator": {"num_shared": 3, "max_prompt_tokens": 5, "rank": 2},
@@ -110,8 +110,8 @@ def make_setup(**sections):
         "train": {"batch_size": 3},
         "actor": {"max_answer_tokens": 4},
     }
-    built = config.make(dtype="float32", **{name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {*defaults, *sections}})
-    return generator.Setup(built, GENERATOR, ACTOR, END, (1, 7))
+    built = config.make(method=method, dtype="float32", **{name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {*defaults, *sections}})
+    return generator.Setup(methods.resolve(built), GENERATOR, ACTOR, END, (1, 7))
 
 
 def randomise(tree, seed, scale=0.3):
@@ -133,14 +133,13 @@ def make_networks():
         k, layers = setup.num_shared, base["layers"]
         cut = {**base, "layers": (transformer.cut(layers, 0, k), transformer.cut(layers, k, GENERATOR.num_layers))}
         allowed = (jnp.arange(GENERATOR.vocab_size) >= 3) | (jnp.arange(GENERATOR.vocab_size) == END)
-        key = repr((setup.config.generator, setup.config.hyper))
+        key = repr((setup.config.method, setup.config.generator, setup.config.hyper, setup.config.warmup))
         if key not in fresh:
-            fresh[key] = generator.init(setup, cut, jax.random.key(3))
+            fresh[key] = generator.init(setup, cut, jax.random.key(3), actor)
         params = jax.tree.map(jnp.copy, fresh[key])  # a step may take them as its own
         if random:
-            params["hyper"] = randomise(params["hyper"], 4)
-            if setup.config.generator.train == "lora":
-                params["shared"], params["prompt"] = randomise(params["shared"], 5), randomise(params["prompt"], 6)
+            learnt = ("hyper",) if setup.config.generator.train == "full" else ("hyper", "shared", "prompt", "encoder")
+            params |= {part: randomise(params[part], 4 + i) for i, part in enumerate(learnt) if part in params}
         full = setup.config.generator.train == "full"
         return generator.Frozen(None if full else cut, actor, allowed), params
 
@@ -179,6 +178,7 @@ def make_batch():
     arrays = {
         "generator": generator_ids, "generator_mask": generator_mask, "own": own, "query": query,
         "query_mask": query_mask, "answer": answer, "answer_mask": answer_mask, "expert": expert, "expert_mask": expert_mask,
+        "initial": np.tile(np.array([5, 6, END, 0, 0], np.int32), (3, 1)), "initial_mask": np.tile(np.arange(5) < 3, (3, 1)),
     }  # fmt: skip
     return {name: jnp.array(array) for name, array in arrays.items()}
 

@@ -41,7 +41,7 @@ def make_rows(count):
     for name in ("generator", "query"):
         batch[name] = np.where(batch[name + "_mask"], 3 + (batch[name] - 3 + shift) % 58, 0).astype(np.int32)
     examples = tuple(tasks.Example(f"test-{i}", str(i), "", "") for i in range(count))
-    names = ("generator", "generator_mask", "own", "query", "query_mask", "answer", "answer_mask")
+    names = ("generator", "generator_mask", "own", "query", "query_mask", "answer", "answer_mask", "initial", "initial_mask")
     return data.Rows(examples, *(batch[name] for name in names))
 
 
@@ -84,8 +84,8 @@ class Alone:
 
 def test_every_control_is_what_its_name_says(tuned):
     setup, frozen, params, passes, rows = tuned
-    before = evaluate.score_before(passes, rows, Numbers(), score, INITIAL)
-    results, predictions = evaluate.evaluate(passes, params, rows, rows, Numbers(), score, INITIAL, before)
+    before = evaluate.answer_before(passes, rows, Numbers(), score)
+    results, predictions = evaluate.evaluate(passes, params, rows, rows, Numbers(), score, before)
 
     alone, n = Alone(setup, frozen, params, rows), len(rows)
     loras, prompts = zip(*(alone.write(i) for i in range(n)))
@@ -125,8 +125,8 @@ def test_every_control_is_what_its_name_says(tuned):
 
 def test_the_prompt_with_the_best_answer_wins_and_is_what_the_next_batch_learns(tuned, tmp_path):
     setup, frozen, params, passes, rows = tuned
-    experts = rollout.Experts(tmp_path / "experts.jsonl", [e.id for e in rows.examples], INITIAL, setup.config.generator.max_prompt_tokens)
-    found = rollout.refresh(passes, params, jax.random.key(4), rows, experts, Numbers(), score, 0)
+    experts = rollout.Experts(tmp_path / "experts.jsonl", [e.id for e in rows.examples], rows.initial, rows.initial_mask)
+    found = rollout.refresh(passes, params, jax.random.key(4), rows, experts, Numbers(), score, 0, 0, setup.config.train.num_steps)
 
     attempts = [json.loads(line) for line in (tmp_path / "experts.jsonl").read_text().splitlines()]
     alone = Alone(setup, frozen, params, rows)

@@ -137,7 +137,7 @@ def test_written_prompts_are_the_same_whether_shared_layers_are_cut_or_not(netwo
 
 
 def test_the_relaxed_prompt_has_the_value_of_its_tokens_and_the_gradient_of_the_softmax(sampled):
-    setup = make_setup(generator={"temperature": 0.7})
+    setup = make_setup()
     rng = np.random.default_rng(0)
     logits = jnp.array(rng.normal(size=(3, 5, 61)), jnp.float32)
     embedding = jnp.array(rng.normal(size=(61, 20)), jnp.float32)
@@ -145,7 +145,7 @@ def test_the_relaxed_prompt_has_the_value_of_its_tokens_and_the_gradient_of_the_
     allowed, key, rows = jnp.arange(61) != 4, jax.random.key(3), jnp.arange(3)
 
     def relaxed(logits):
-        return generator.relaxed_prompt(setup, logits, sampled, embedding, allowed, key, rows)
+        return generator.relaxed_prompt(setup, logits, sampled, embedding, allowed, key, rows, 0.7)
 
     words = np.array(sampled.mask & (sampled.tokens != END))
     np.testing.assert_allclose(relaxed(logits), np.where(words[..., None], embedding[sampled.tokens], 0), atol=1e-6)
@@ -171,10 +171,10 @@ def test_the_relaxation_uses_the_noise_that_picked_the_tokens(networks, batch, m
         seen["sampled"] = plain(setup, params, frozen, prefill, key, rows, temperature)
         return seen["sampled"]
 
-    def relaxed(setup, logits, sampled, embedding, allowed, key, rows, plain=generator.relaxed_prompt):
-        seen["relaxed"] = (jax.random.key_data(key), np.array(rows), setup.config.generator.temperature)
+    def relaxed(setup, logits, sampled, embedding, allowed, key, rows, temperature, plain=generator.relaxed_prompt):
+        seen["relaxed"] = (jax.random.key_data(key), np.array(rows), temperature)
         seen["logits"] = np.where(allowed, logits, -np.inf)
-        return plain(setup, logits, sampled, embedding, allowed, key, rows)
+        return plain(setup, logits, sampled, embedding, allowed, key, rows, temperature)
 
     monkeypatch.setattr(generator, "write", write)
     monkeypatch.setattr(generator, "relaxed_prompt", relaxed)

@@ -8,7 +8,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import END, GENERATOR, make_setup
 
@@ -22,7 +21,8 @@ def make_step(setup, traces=None):
             traces.append(1)
         return losses.joint_loss(setup, *args)
 
-    return train.make_train_step(loss_fn, train.make_optimizer(setup.config.train), setup.config.train.sync_every)
+    phase = train.phases(setup)[-1]
+    return train.make_train_step(loss_fn, setup.config.train, phase, phase.parts)
 
 
 def run_steps(step, state, frozen, batch, count):
@@ -37,7 +37,7 @@ def run_steps(step, state, frozen, batch, count):
 def test_the_step_is_traced_once_and_lowers_the_loss(networks, batch):
     setup, traces = make_setup(train={"learning_rate": 1e-2, "prompt_gradient": "straight_through", "num_steps": 30}), []
     frozen, params = networks(setup, random=False)
-    _, metrics = run_steps(make_step(setup, traces), train.init_state(setup.config.train, params), frozen, batch, 20)
+    _, metrics = run_steps(make_step(setup, traces), train.init_state(setup, params), frozen, batch, 20)
     assert len(traces) == 1
     assert metrics[-1]["task_loss"] < 0.8 * metrics[0]["task_loss"]
     assert metrics[-1]["prompt_loss"] < 0.8 * metrics[0]["prompt_loss"]
@@ -47,7 +47,7 @@ def test_the_step_is_traced_once_and_lowers_the_loss(networks, batch):
 def test_the_copy_follows_the_prompt_decoder_at_multiples_of_sync_every(networks, batch):
     setup = make_setup(train={"sync_every": 3, "learning_rate": 1e-2})
     frozen, params = networks(setup)
-    step, state = make_step(setup), train.init_state(setup.config.train, params)
+    step, state = make_step(setup), train.init_state(setup, params)
     copies, lives = [], []
     for _ in range(5):
         lives.append(np.array(state.params["prompt"]["q"]["a"]))
@@ -62,7 +62,7 @@ def test_saved_and_restored_steps_equal_uninterrupted_ones(networks, batch, tmp_
     setup = make_setup(train={"sync_every": 2, "learning_rate": 1e-2})
     frozen, params = networks(setup)
     step = make_step(setup)
-    fresh = lambda: train.init_state(setup.config.train, jax.tree.map(jnp.array, params))
+    fresh = lambda: train.init_state(setup, jax.tree.map(jnp.array, params))
     straight, all_metrics = run_steps(step, fresh(), frozen, batch, 6)
     half, _ = run_steps(step, fresh(), frozen, batch, 3)
     store = checkpoint.Checkpoints(tmp_path / "checkpoints")
@@ -96,13 +96,12 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    def loss_fn(params, copy, frozen, batch, key):
-        return jnp.sum(params["w"] * batch["x"]), {}
+    def loss_fn(params, copy, frozen, batch, key, step):
+        return jnp.sum(params["hyper"]["w"] * batch["x"]), {}
 
-    tx = optax.adam(0.1)
-    step = train.make_train_step(loss_fn, tx, 1)
-    params = {"w": jnp.array([1.0, 2.0])}
-    state = train.TrainState(jnp.int32(0), params, {}, tx.init(params), jnp.int32(0))
+    setup = make_setup()
+    step = train.make_train_step(loss_fn, setup.config.train, train.phases(setup)[-1], ("hyper",))
+    state = train.init_state(setup, {"hyper": {"w": jnp.array([1.0, 2.0])}})
     good, bad = {"x": jnp.array([1.0, 1.0])}, {"x": jnp.array([jnp.nan, 1.0])}
     state, _ = step(state, None, good, jax.random.key(0))
     before = jax.tree.map(np.array, (state.params, state.opt_state))
@@ -112,7 +111,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     jax.tree.map(np.testing.assert_array_equal, before, (state.params, state.opt_state))
     state, metrics = step(state, None, good, jax.random.key(0))
     assert int(metrics["bad_steps"]) == 0 and int(state.step) == 4
-    assert not np.array_equal(before[0]["w"], state.params["w"])
+    assert not np.array_equal(before[0]["hyper"]["w"], state.params["hyper"]["w"])
 
 
 # --- the mesh ---
@@ -134,9 +133,10 @@ for kind in ("lora", "full"):
         frozen, params = make(setup)
         count = int(np.prod(shape))
         mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[:count])
-        state = sharding.place(train.init_state(setup.config.train, params), mesh)
+        state = sharding.place(train.init_state(setup, params), mesh)
         frozen = sharding.place(frozen, mesh)
-        step = train.make_train_step(lambda *a: losses.joint_loss(setup, *a), train.make_optimizer(setup.config.train), 2)
+        phase = train.phases(setup)[-1]
+        step = train.make_train_step(phase.turns[0][0], setup.config.train, phase, phase.parts)
         found = []
         for _ in range(3):
             state, metrics = step(state, frozen, sharding.place_rows(rows, mesh), jax.random.key(0))
@@ -167,7 +167,7 @@ def test_every_array_of_the_state_has_a_sharding_rule_and_an_unknown_one_is_an_e
     for kind in ("lora", "full"):
         setup = make_setup(generator={"train": kind})
         frozen, params = networks(setup)
-        sharding.place(train.init_state(setup.config.train, params), mesh)
+        sharding.place(train.init_state(setup, params), mesh)
         sharding.place(frozen, mesh)
     with pytest.raises(ValueError, match="no sharding rule names the parameter 'extra/thing'"):
         sharding.place({"extra": {"thing": jnp.zeros(3)}}, mesh)
@@ -213,7 +213,8 @@ def record(step, row, tokens, best):
 
 
 def test_the_expert_store_survives_a_restart_and_drops_what_came_later(tmp_path):
-    make = lambda: rollout.Experts(tmp_path / "experts.jsonl", ["x", "y", "z"], [5, END], 4)
+    initial, initial_mask = data.pad([[5, END]] * 3, 4, "right")
+    make = lambda: rollout.Experts(tmp_path / "experts.jsonl", ["x", "y", "z"], initial, initial_mask)
     experts = make()
     experts.add([record(0, "x", [9, 8, END], True), record(0, "x", [7, END], False), record(0, "y", [5, END], True)])
     experts.add([record(4, "x", [3, END], True)])
@@ -236,20 +237,24 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
 def test_refreshes_take_queries_of_the_coming_steps():
     settings = make_setup(rollout={"every": 5, "num_queries": 8}, train={"num_steps": 20, "batch_size": 4}).config
     coming = np.concatenate([data.order_at(step, 50, 4, settings.seed) for step in range(5, 10)])
-    first, second = rollout.queries_at(0, 50, settings), rollout.queries_at(5, 50, settings)
+    first, second = rollout.queries_at(0, 50, settings, 20), rollout.queries_at(5, 50, settings, 20)
     assert len(set(second)) == 8 and set(second) <= set(coming) and set(first) != set(second)
-    np.testing.assert_array_equal(second, rollout.queries_at(5, 50, settings))
-    late = rollout.queries_at(19, 50, settings)  # one step is left, with fewer rows than are asked for
+    np.testing.assert_array_equal(second, rollout.queries_at(5, 50, settings, 20))
+    late = rollout.queries_at(19, 50, settings, 20)  # one step is left, with fewer rows than are asked for
     assert len(set(late)) == 8 and set(data.order_at(19, 50, 4, settings.seed)) <= set(late)
 
 
 def test_the_generator_has_a_learning_rate_of_its_own():
-    params = {"hyper": {"w": jnp.ones(3)}, "shared": {"w": jnp.ones(3)}}
-    grads = jax.tree.map(lambda leaf: jnp.array([1e-3, -2e-3, 3e-3]), params)
-    tx = train.make_optimizer(make_setup(train={"learning_rate": 1e-2, "generator_rate": 0.2, "warmup_steps": 0}).config.train)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["shared"]["w"], 0.2 * updates["hyper"]["w"], rtol=1e-6)
-    np.testing.assert_allclose(np.abs(updates["hyper"]["w"]), 1e-2, rtol=1e-3)
+    def loss_fn(params, copy, frozen, batch, key, step):
+        return sum(jnp.sum(leaf["w"] * batch) for leaf in params.values()), {}
+
+    setup = make_setup(train={"learning_rate": 1e-2, "generator_rate": 0.2, "warmup_steps": 0})
+    step = train.make_train_step(loss_fn, setup.config.train, train.phases(setup)[-1], ("shared", "hyper"))
+    state = train.init_state(setup, {part: {"w": jnp.ones(3)} for part in ("shared", "hyper")})
+    state, _ = step(state, None, jnp.array([1e-3, -2e-3, 3e-3]), jax.random.key(0))
+    moved = {part: state.params[part]["w"] - 1 for part in state.params}
+    np.testing.assert_allclose(moved["shared"], 0.2 * moved["hyper"], rtol=1e-3)
+    np.testing.assert_allclose(np.abs(moved["hyper"]), 1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -260,9 +265,12 @@ def test_the_actor_is_neither_learnt_nor_given_away_where_it_is_the_generators_c
     setup = generator.Setup(setup.config, GENERATOR, GENERATOR, END, (1, 7))
     frozen = generator.Frozen(None if kind == "full" else base, base, networks(make_setup())[0].allowed)
     before = jax.tree.map(np.array, base)
-    state = train.init_state(setup.config.train, generator.init(setup, base, jax.random.key(0)))
+    state = train.init_state(setup, generator.init(setup, base, jax.random.key(0)))
     learning = jax.tree.structure(state.params)
     state, _ = run_steps(make_step(setup), state, frozen, batch, 2)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, base))
-    assert jax.tree.structure(state.params) == learning == jax.tree.structure(state.opt_state[1][0].mu)
+    assert jax.tree.structure(state.params) == learning
+    assert {part: jax.tree.structure(moments[0].mu) for part, moments in state.opt_state.items()} == {
+        part: jax.tree.structure(tree) for part, tree in state.params.items()
+    }
     assert set(state.params) == {"embed", "shared", "prompt", "hyper"}

@@ -20,6 +20,8 @@ class Example:
     answer: str  # what the actor is trained to say
     reference: str  # the gold answer as predictions show it
     source: Any = None  # what scoring needs
+    part: str = ""  # its task in a mixture
+    initial_prompt: str | None = None  # its own initial prompt; None: the task's
 
 
 @dataclass(frozen=True)
