@@ -187,7 +187,7 @@ forward = jax.jit(transformer.forward, static_argnums=0)
 
 
 def scores_of(model, params, ids, loras=None):
-    """Returns the scores after each token of one row, [len(ids), v]; rows of any length up to 16 share one compilation."""
-    tokens, mask = np.zeros((1, 16), np.int32), np.arange(16)[None] < len(ids)
+    """Returns the scores after each token of one row, [len(ids), v]; rows of any length up to 20 share one compilation."""
+    tokens, mask = np.zeros((1, 20), np.int32), np.arange(20)[None] < len(ids)
     tokens[0, : len(ids)] = ids
     return np.array(forward(model, params, tokens, mask, loras))[0, : len(ids)]

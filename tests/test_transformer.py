@@ -112,10 +112,18 @@ def test_parameter_tree_is_as_written_here(params):
 # --- lora ---
 
 
-def test_squared_norm_is_that_of_the_dense_delta():
+def test_gram_and_norm_are_those_of_the_dense_deltas():
     loras = loras_for(3)
-    dense = sum(np.sum(np.einsum("lbir,lbro->lbio", x.a, x.b) ** 2, axis=(0, 2, 3)) for x in loras.values())
-    np.testing.assert_allclose(lora.squared_norm(loras), dense, rtol=1e-5)
+    dense = [np.einsum("lbir,lbro->blio", x.a, x.b).reshape(3, -1) for x in loras.values()]
+    dense = np.concatenate(dense, axis=1)
+    np.testing.assert_allclose(lora.gram(loras), dense @ dense.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(lora.norm(lora.row(loras, 1)), np.linalg.norm(dense[1]), rtol=1e-5)
+
+
+def test_the_effective_rank_counts_directions():
+    rows = np.array([[3.0, 0, 0], [0, 3, 0], [0, 0, 3]])
+    for vectors, expected in ((rows, 3), (rows[:1] * [[1], [2], [-1]], 1), (rows[[0, 0, 1]] * [[1], [1], [2**0.5]], 2), (0 * rows, 0)):
+        assert float(lora.effective_rank(jnp.array(vectors @ vectors.T, jnp.float32))) == pytest.approx(expected, abs=1e-3)
 
 
 def test_mean_delta_at_full_rank_is_the_mean_of_the_dense_deltas():
