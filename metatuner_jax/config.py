@@ -30,7 +30,7 @@ class TaskConfig:
     num_validation: int = _field(64, "validation rows, which choose the checkpoint")
     num_test: int | None = _field(None, "test rows to use; none: all")
     initial_prompt: str | None = _field(None, "the hand-written prompt; none: the task's own")
-    options: dict[str, Any] = _field({}, "what the task itself understands, such as field names, difficulty or the parts of a mixture")
+    options: dict[str, Any] = _field({}, "what the task itself understands: field names, difficulty, the parts of a mixture")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,13 @@ CHOICES = ("None of the above choices .", "A man was late .", "A man was late fo
 
 def row(i, label=1):
     """A row in the hub's layout."""
-    return {"id": f"3{i}", "context": f"It rained on day {i} .", "question": "Why ?", **{f"answer{j}": c for j, c in enumerate(CHOICES)}, "label": label}
+    return {
+        "id": f"3{i}",
+        "context": f"It rained on day {i} .",
+        "question": "Why ?",
+        **{f"answer{j}": c for j, c in enumerate(CHOICES)},
+        "label": label,
+    }
 
 
 def write_split(folder, split, first, num, label=1):
@@ -27,8 +33,8 @@ def test_a_query_shows_the_text_the_question_and_the_lettered_choices(tmp_path):
     loaded = tasks.load(TaskConfig("cosmosqa", str(tmp_path), num_validation=1), seed=0)
     example = loaded.test[1]
     assert example.query == (
-        "It rained on day 11 .\n\nQuestion: Why ?\nA. None of the above choices .\nB. A man was late .\nC. A man was late for school .\n"
-        "D. She does n't like him ."
+        "It rained on day 11 .\n\nQuestion: Why ?\nA. None of the above choices .\nB. A man was late .\n"
+        "C. A man was late for school .\nD. She does n't like him ."
     )
     assert (example.id, example.answer, example.reference) == ("test-1", "C", "C")
     assert loaded.metric == "accuracy" and loaded.score("C", example) == tasks.Score(1, 1)
@@ -42,7 +48,11 @@ def test_rows_without_a_label_are_dropped_and_validation_is_test(tmp_path):
     assert loaded.dropped == {"validation_in_train": 0, "test_in_train": 0, "unlabelled": 6}
     assert {example.reference for example in loaded.test} == {"B"} and loaded.test[0].id == "validation-0"
     path = str(tmp_path / "test.jsonl.gz")
-    refused(TaskConfig("cosmosqa", str(tmp_path / "train.jsonl.gz"), test=path), f"task.test='{path}'", "none of its 6 rows has an answer")
+    refused(
+        TaskConfig("cosmosqa", str(tmp_path / "train.jsonl.gz"), test=path),
+        f"task.test='{path}'",
+        "none of its 6 rows has an answer",
+    )
 
 
 def test_rows_of_the_hub_come_from_its_parquet_branch(monkeypatch, tmp_path):
@@ -72,6 +82,9 @@ def test_the_letter_alone_is_strictly_right(text):
     assert cosmosqa.score(text, Example("x", "q", "C", "C", CHOICES)) == tasks.Score(0, 0)
 
 
+REPEATED = "A. None of the above choices .\nB. A man was late .\nC. A man was late for school .\nD. She does n't like him ."
+
+
 @pytest.mark.parametrize(
     "text, letter",
     [
@@ -94,7 +107,7 @@ def test_the_letter_alone_is_strictly_right(text):
         ("B is the most likely answer.", "B"),
         ("Based on the text, option D is correct.", "D"),
         ("The answer is B. No, wait, he was at school, so the answer is C.", "C"),
-        ("A. None of the above choices .\nB. A man was late .\nC. A man was late for school .\nD. She does n't like him .\n\nThe correct answer is B.", "B"),
+        (f"{REPEATED}\n\nThe correct answer is B.", "B"),
         ("The answer is not B. The answer is C.", "C"),
         ("Question: Why ?\nAnswer: (D) She does n't like him .\n\nExplanation: A man came by.", "D"),
         # one letter is marked as a choice
@@ -118,7 +131,7 @@ def test_the_letter_alone_is_strictly_right(text):
         ("The answer is B or C.", None),
         ("The answer is (A) and (D).", None),
         ("The answer is not B.", None),
-        ("A. None of the above choices .\nB. A man was late .\nC. A man was late for school .\nD. She does n't like him .", None),
+        (REPEATED, None),
         ("(B) or (C)", None),
         ("Both option A and option D fit.", None),
         ("A man was late . She does n't like him .", None),
@@ -152,7 +165,10 @@ def test_a_bad_row_of_cosmosqa_is_named(tmp_path, change, parts):
 def test_labels_of_a_csv_file_are_read(tmp_path):
     names = list(row(0))
     train, test = (
-        write(tmp_path / f"{name}.csv", [",".join(names), *(",".join(str(row(i)[name]) for name in names) for i in range(first, first + 3))])
+        write(
+            tmp_path / f"{name}.csv",
+            [",".join(names), *(",".join(str(row(i)[name]) for name in names) for i in range(first, first + 3))],
+        )
         for name, first in (("train", 0), ("test", 10))
     )
     loaded = tasks.load(TaskConfig("cosmosqa", train, test=test, num_validation=1), seed=0)
@@ -160,5 +176,7 @@ def test_labels_of_a_csv_file_are_read(tmp_path):
 
 
 def test_wrong_settings_of_cosmosqa_are_refused():
-    refused(TaskConfig("cosmosqa", options={"letters": "abcd"}), "task.options.letters='abcd' is unknown to cosmosqa, which has config")
+    refused(
+        TaskConfig("cosmosqa", options={"letters": "abcd"}), "task.options.letters='abcd' is unknown to cosmosqa, which has config"
+    )
     refused(TaskConfig("cosmosqa", num_test=2986), "task.num_test=2986", "2985 test rows of allenai/cosmos_qa")

@@ -28,13 +28,15 @@ def test_a_query_shows_the_paragraphs_with_their_titles_and_then_the_question(tm
     assert [example.id for example in loaded.validation + loaded.test] == [
         "validation-0", "validation-1", "test-0", "test-1", "test-2",
     ]  # fmt: skip
-    assert loaded.test[0].query == "\n\n".join([*(f"{title}: {title} is one. It has 20 pages." for title in "ABCDE"), "Question: Who wrote book 20?"])
+    assert loaded.test[0].query == "\n\n".join(
+        [*(f"{title}: {title} is one. It has 20 pages." for title in "ABCDE"), "Question: Who wrote book 20?"]
+    )
     assert loaded.test[0].answer == loaded.test[0].reference == "Ann Lee"
 
 
 def test_fewer_paragraphs_keep_what_the_answer_needs_and_the_original_order(tmp_path):
     path, test = write_split(tmp_path, "train", 0, 4), write_split(tmp_path, "test", 9, 1)
-    for number, titles in ((2, "BE"), (3, "ABE"), (4, "ABCE"), (9, "ABCDE")):
+    for number, titles in ((2, "BE"), (3, "ABE"), (4, "ABCE"), (9, "ABCDE"), (None, "ABCDE")):
         loaded = tasks.load(TaskConfig("hotpotqa", path, test=test, num_validation=1, options={"paragraphs": number}), seed=0)
         assert [part[0] for part in loaded.test[0].query.split("\n\n")[:-1]] == list(titles)
 
@@ -71,7 +73,7 @@ def test_rows_of_the_hub_come_from_the_distractor_setting(monkeypatch):
     [
         ("World War II", "World War II", 1, 1),
         ("  the world war II.\n", "World War II", 1, 1),
-        ("\"World War II\"", "World War II", 1, 1),
+        ('"World War II"', "World War II", 1, 1),
         ("1,234", "1234", 1, 1),
         ("Yes.", "yes", 1, 1),
         ("The answer is World War II.", "World War II", 0, 0.75),

@@ -53,7 +53,9 @@ def test_a_row_keeps_its_parts_name_prompt_and_score(parts):
     for example in loaded.train + loaded.validation + loaded.test:
         name, id = example.id.split("/")
         assert name == example.part and example.query.startswith(f"{name} {id.split('-')[0]}")
-        assert loaded.score(f"It is {example.answer}", example) == tasks.Score(0, float(name == "c"))  # only numbers are looked for in a text
+        assert loaded.score(f"It is {example.answer}", example) == tasks.Score(
+            0, float(name == "c")
+        )  # only numbers are looked for in a text
 
 
 def test_the_mixtures_own_prompt_is_for_parts_without_one(parts):
@@ -74,7 +76,11 @@ def test_trained_on_some_and_tested_on_another(parts):
     for name, use in zip("abc", ("train", "train", "test"), strict=True):
         parts[name]["use"] = use
     loaded = tasks.load(make(parts, num_train=10, num_test=5), seed=0)
-    assert counts(loaded.train) == {"a": 5, "b": 5} and counts(loaded.validation) == {"a": 2, "b": 2} and counts(loaded.test) == {"c": 5}
+    assert (
+        counts(loaded.train) == {"a": 5, "b": 5}
+        and counts(loaded.validation) == {"a": 2, "b": 2}
+        and counts(loaded.test) == {"c": 5}
+    )
     assert len(tasks.load(make(parts), seed=0).train) == 2 * 40 - 4
 
 

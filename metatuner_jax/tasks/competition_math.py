@@ -22,17 +22,17 @@ def check(task: config.TaskConfig) -> None:
 def load(task: config.TaskConfig, seed: int) -> Task:
     """Returns the task. Its answers are the whole solutions."""
     train, validation, test, dropped = rows.load_splits(task, seed, _example, HUB)
-    score = make_score(float(task.options.get("seconds", SECONDS)))
+    score = make_score(float(task.options.get("seconds") or SECONDS))
     return Task(task.name, "math_verify", task.initial_prompt or INITIAL_PROMPT, train, validation, test, score, dropped)
 
 
 def make_score(seconds: float):
-    r"""Returns score(text, example): strict: the last \boxed{} equals the gold answer; flexible: the final answer does, boxed or not.
+    r"""Returns score(text, example): strict: the last \boxed{} equals the gold; flexible: the final answer does, boxed or not.
 
-    Equal is what math-verify takes for equal (0.75 and 3/4, x=5 and 5, 12 cm and 12, {1,2} and {2,1}), or the same text. Where
-    there is a box, the last one is the final answer and both scores are the same. Else it is what stands after the last
-    "answer is", "Answer:" or "####", to the end of that sentence; else what math-verify finds in the text, mostly its last formula or
-    number. An answer that math-verify is not done with in `seconds` is wrong, on a busy machine too.
+    Equal is what math-verify takes for equal (0.75 and 3/4, x=5 and 5, 12 cm and 12, {1,2} and {2,1}), or the same text.
+    Where there is a box, the last one is the final answer and both scores are the same. Else it is what stands after
+    the last "answer is", "Answer:" or "####", to the end of that sentence; else what math-verify finds in the text, mostly
+    its last formula or number. An answer that math-verify is not done with in `seconds` is wrong, on a busy machine too.
     """
     verifier = _verifier(seconds)
 
@@ -71,7 +71,10 @@ def last_box(text: str) -> str | None:
 
 
 def final_answer(text: str) -> list[str]:
-    """Returns the final answer of a text without a box, in the forms in which math-verify may read it; none for "the answer is not 5"."""
+    """Returns the final answer of a text without a box, in the forms in which math-verify may read it.
+
+    There is none where a text only says what the answer is not.
+    """
     found = list(_MARK.finditer(text))
     marks = [mark for mark in found if not mark["denied"]]
     if not marks:

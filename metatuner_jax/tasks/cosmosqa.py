@@ -21,8 +21,8 @@ def check(task: config.TaskConfig) -> None:
 def load(task: config.TaskConfig, seed: int) -> Task:
     """Returns the task. Its queries show the text, the question and the choices A to D; its answers are letters.
 
-    The labels of the published test split are secret: such rows, with label -1, are dropped and counted. As usual, the validation split
-    is test where there is no other, and validation rows are cut from train.
+    The labels of the published test split are secret: such rows, with label -1, are dropped and counted. As usual, the
+    validation split is test where there is no other, and validation rows are cut from train.
     """
     train, validation, test, dropped = rows.load_splits(task, seed, _example, HUB, validation_as_test=True)
     return Task(task.name, "accuracy", task.initial_prompt or INITIAL_PROMPT, train, validation, test, score, dropped)
@@ -55,12 +55,12 @@ def score(text: str, example: Example) -> Score:
 
 _OPEN = r"[\s*_`\"'“‘$:]*(?:\\(?:boxed|text|textbf)\{)*[(\[]?[*_]*"
 # "a man" and "I'd" are no letters; a lower-case "a" before a space is an article, and so is "A", but for "A because" and the like.
-_LETTER = (
-    r"(?<![\w'’])(?:[B-Db-d](?![\w'’-])|[Aa](?![\w'’-])(?![ \t]+(?!(?i:because|since|as|is|and|or|which|here|would)\b)[a-z]))"
-)
+_LETTER = r"(?<![\w'’])(?:[B-Db-d](?![\w'’-])|[Aa](?![\w'’-])(?![ \t]+(?!(?i:because|since|as|is|and|or|which|here|would)\b)[a-z]))"
 _KIND = r"(?i:answer|option|choice|letter)"
+_IS = r"(?:[ \t]+(?i:is|would[ \t]+be|should[ \t]+be)\b[ \t:]*|[ \t*_]*:)"
+_TO_THE_QUESTION = r"(?:[ \t]+(?i:to|for)\b[^.\n]{0,80}?)?"
 _SAYS = [
-    rf"{_KIND}(?:[ \t]+(?:to|for)\b[^.\n]{{0,80}}?)?(?:[ \t]+(?i:is|would[ \t]+be|should[ \t]+be)\b[ \t:]*|[ \t*_]*:){_OPEN}(?:(?i:the[ \t]+)?{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})",
+    rf"{_KIND}{_TO_THE_QUESTION}{_IS}{_OPEN}(?:(?i:the[ \t]+)?{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})",
     rf"(?i:choose|pick|select|go[ \t]+with)[ \t]+(?:(?i:the[ \t]+)?{_KIND}[ \t]+)?{_OPEN}(?P<x>{_LETTER})",
     rf"(?P<x>{_LETTER})[)\]*_.\"'”’]*[ \t]+is[ \t]+(?:(?i:the|most|more)[ \t]+)*(?i:correct|right|best|likely|accurate)\b",
 ]
@@ -71,7 +71,9 @@ _MENTIONS = [
     rf"(?:\\boxed\{{|\*\*)[(\[]?(?P<x>{_LETTER})[)\]]?(?:\}}|[.:]?\*\*)",
 ]
 _SECOND = re.compile(rf"[)\]*_.\"'”’}}]*[ \t]*(?:,|/|&|(?:,[ \t]*)?(?i:and|or)\b)[ \t]*(?:{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})")
-_DENIED = re.compile(r"[)\]*_.\"'”’}]*[ \t]+(?:is|are|was|can|could|does)(?:[ \t]+not\b|n['’]t\b|[ \t]+(?:incorrect|wrong|false)\b)")
+_DENIED = re.compile(
+    r"[)\]*_.\"'”’}]*[ \t]+(?:is|are|was|can|could|does)(?:[ \t]+not\b|n['’]t\b|[ \t]+(?:incorrect|wrong|false)\b)"
+)
 
 
 def chosen(text: str, choices: tuple[str, ...]) -> str | None:
@@ -80,12 +82,12 @@ def chosen(text: str, choices: tuple[str, ...]) -> str | None:
     In this order, the first rule that finds anything deciding:
 
     1. The text is one letter, in any case, with what marks it: "b", "**B**", "(B)", "\\boxed{B}".
-    2. Sentences that choose: "the answer is (B)", "Answer: B", "the correct option is B", "I would choose B", "B is correct". The last
-       one counts; where it goes on with "or C", "and C", ", C", it chooses none. "The answer is not B" is none of them.
-    3. Letters marked as a choice: "B." or "B)" at the start of a line, "(B)", "option B", "**B**". All must be the same letter,
-       so a text that repeats the list of choices chooses none. "Option B is wrong" is not counted.
-    4. The full text of a choice, but for case and punctuation. It must be one alone, where a choice within a longer one that
-       stands there is not counted.
+    2. Sentences that choose: "the answer is (B)", "Answer: B", "the correct option is B", "I would choose B", "B is correct".
+       The last one counts; where it goes on with "or C", "and C", ", C", it chooses none. "The answer is not B" is none of them.
+    3. Letters marked as a choice: "B." or "B)" at the start of a line, "(B)", "option B", "**B**". All must be the same
+       letter, so a text that repeats the list of choices chooses none. "Option B is wrong" is not counted.
+    4. The full text of a choice, but for case and punctuation. It must be one alone, where a choice within a longer one
+       that stands there is not counted.
 
     "A" before a word in lower case is an article, not a letter, unless that word is such as "because", "is" or "and".
     """
@@ -103,7 +105,11 @@ def chosen(text: str, choices: tuple[str, ...]) -> str | None:
         return letters.pop() if len(letters) == 1 else None
     said = f" {_words(text)} "
     found = {letter: _words(choice) for letter, choice in zip(LETTERS, choices, strict=True) if f" {_words(choice)} " in said}
-    longest = [letter for letter, words in found.items() if not any(f" {words} " in f" {other} " != f" {words} " for other in found.values())]
+    longest = [
+        letter
+        for letter, words in found.items()
+        if not any(f" {words} " in f" {other} " != f" {words} " for other in found.values())
+    ]
     return longest[0] if len(longest) == 1 else None
 
 

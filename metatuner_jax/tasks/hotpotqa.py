@@ -15,8 +15,8 @@ _WAY_OUT = "rows of hotpotqa have the fields question, answer, context and suppo
 def check(task: config.TaskConfig) -> None:
     """Raises ValueError for a setting that is known to be wrong without reading rows."""
     rows.check_options(task, ("config",), numbers=("paragraphs",))
-    paragraphs = task.options.get("paragraphs", 2)
-    if paragraphs != int(paragraphs) or paragraphs < 2:
+    paragraphs = task.options.get("paragraphs")
+    if paragraphs is not None and (paragraphs != int(paragraphs) or paragraphs < 2):
         raise ValueError(f"task.options.paragraphs={paragraphs!r} must be a whole number of at least 2: two hold the answer")
     rows.check_splits(task, HUB)
 
@@ -25,8 +25,9 @@ def load(task: config.TaskConfig, seed: int) -> Task:
     """Returns the task. Its queries show the paragraphs, each after its title, and then the question.
 
     The answers of the published test split are secret. As usual, the validation split is test where there is no other,
-    and validation rows are cut from train. With the option `paragraphs` a query shows at most that many: all that the answer needs,
-    then the first of the others, in the original order. That is easier than the published setting, which shows all ten.
+    and validation rows are cut from train. With the option `paragraphs` a query shows at most that many: all that the
+    answer needs, then the first of the others, in the original order. That is easier than the published setting, which
+    shows all ten.
     """
     paragraphs = task.options.get("paragraphs")
 
@@ -50,9 +51,8 @@ def load(task: config.TaskConfig, seed: int) -> Task:
 def score(text: str, example: Example) -> Score:
     """Returns strict: the whole text is the answer after `normalize`; flexible: F1 of their words, as the authors score.
 
-    An answer of articles or punctuation alone, which `normalize` leaves nothing of, is compared as it is written but for case.
-
-    Source: hotpot_evaluate_v1.py of the authors, where both are 0 for such an answer or for an empty text.
+    An answer of articles or punctuation alone, which `normalize` leaves nothing of, is compared as it is written but for case:
+    there alone this differs from hotpot_evaluate_v1.py, the authors' script, in which an empty text would match it.
     """
     found, gold = normalize(text), normalize(example.reference)
     strict = found == gold if gold else text.lower().split() == example.reference.lower().split()
@@ -78,7 +78,9 @@ def _context(row):
     """Returns the titles and the texts of the paragraphs."""
     titles, sentences = _lists(row, "context", ("title", "sentences"))
     if len(titles) != len(sentences) or not titles:
-        raise ValueError(f"{row.where}: field 'context' has {len(titles)} titles and {len(sentences)} paragraphs: give each its title")
+        raise ValueError(
+            f"{row.where}: field 'context' has {len(titles)} titles and {len(sentences)} paragraphs: give each its title"
+        )
     return titles, [" ".join(" ".join(paragraph).split()) for paragraph in sentences]
 
 

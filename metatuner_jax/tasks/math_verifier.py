@@ -52,14 +52,13 @@ class Verifier:
     def _start(self):
         # -P: the folder of this file is no place to import from. By path, so that the package itself is not imported.
         command = [sys.executable, "-P", os.path.abspath(__file__)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
         self.num_started += 1
-        process = self._process
         reply = self._ask(None, _START_S)
         if reply != "ready":
             self.close()
-            raise RuntimeError(f"math-verify cannot be run by {command[0]}: {reply or f'no answer in {_START_S} s'}: pip install math-verify")
-        assert process is self._process
+            raise RuntimeError(f"math-verify cannot be run by {command[0]}: {reply or 'it ends, or hangs, without a word'}")
 
     def _ask(self, request, seconds):
         """Returns the next line that the process writes, or "" where it ended or was ended before."""

@@ -34,9 +34,9 @@ def check(task: config.TaskConfig) -> None:
 def load(task: config.TaskConfig, seed: int) -> Task:
     """Returns the task. Its rows are those of the parts, shuffled by `seed`; their ids begin with the part's name.
 
-    `num_train` and `num_validation` are split over the parts that are trained on, by weight; `num_test` evenly over those that are tested
-    on. With num_train=none each part gives all that it has. A validation or test row whose query is in train, or in
-    validation, of another part is dropped and counted, so that there may be fewer rows than asked for.
+    `num_train` and `num_validation` are split over the parts that are trained on, by weight; `num_test` evenly over those
+    that are tested on. With num_train=none each part gives all that it has. A validation or test row whose query is in
+    train, or in validation, of another part is dropped and counted, so that there may be fewer rows than asked for.
 
     A row's initial prompt is its part's setting, else the mixture's, else its own task's.
     """
@@ -58,7 +58,8 @@ def load(task: config.TaskConfig, seed: int) -> Task:
         kept = [example for example in splits[split] if split == "train" or rows.query_key(example.query) not in seen]
         lost = {example.part for example in splits[split]} - {example.part for example in kept}
         if lost:
-            raise ValueError(f"task.options.parts.{min(lost)}: all queries of its {split} rows are in train or validation of other parts")
+            where = f"task.options.parts.{min(lost)}"
+            raise ValueError(f"{where}: all queries of its {split} rows are in train or validation of other parts")
         if split != "train":
             dropped[f"{split}_in_train"] = dropped.get(f"{split}_in_train", 0) + len(splits[split]) - len(kept)
         seen |= {rows.query_key(example.query) for example in kept}
@@ -72,7 +73,7 @@ def load(task: config.TaskConfig, seed: int) -> Task:
 
 
 def shares(total: int, weights: list[float]) -> list[int]:
-    """Returns whole numbers that add up to `total`, in proportion to the weights: what is left over goes to the largest remainders."""
+    """Returns whole numbers that add up to `total`, in proportion to the weights; the largest remainders get what is left over."""
     exact = [total * weight / sum(weights) for weight in weights]
     found = [int(value) for value in exact]
     order = sorted(range(len(weights)), key=lambda i: found[i] - exact[i])  # stable: the first of equals
@@ -88,24 +89,28 @@ def _parts(task):
     """Returns the parts by name; one that is None is left out, so that the command line can."""
     for split in SPLITS:
         if getattr(task, split) is not None:
-            raise ValueError(f"task.{split}={getattr(task, split)!r} has no use in a mixture: set task.options.parts.<name>.{split}")
+            instead = f"task.options.parts.<name>.{split}"
+            raise ValueError(f"task.{split}={getattr(task, split)!r} has no use in a mixture: set {instead}")
     for name, value in task.options.items():
         if name != "parts":
-            raise ValueError(f"task.options.{name}={value!r} is unknown to mixture, which has parts{config.nearest(name, ['parts'])}")
+            near = config.nearest(name, ["parts"])
+            raise ValueError(f"task.options.{name}={value!r} is unknown to mixture, which has parts{near}")
     given = task.options.get("parts")
     if not isinstance(given, dict):
-        raise ValueError(f"task.options.parts={given!r} must be a section, written in a config file: {{'gsm8k': {{'weight': 2.0}}, ...}}")
+        example = {"gsm8k": {"weight": 2.0}, "math": {"use": "test"}}
+        raise ValueError(f"task.options.parts={given!r} must be a section, written in a config file: {example}")  # noqa: TRY004
     parts = {key: _part(key, settings) for key, settings in given.items() if settings is not None}
     for use, what in (("train", "test"), ("test", "train")):
         if all(part.use == use for part in parts.values()):
-            raise ValueError(f"task.options.parts: none of {', '.join(parts) or 'its parts'} is there to {what} on: set use of one to both")
+            names = ", ".join(parts) or "its parts"
+            raise ValueError(f"task.options.parts: none of {names} is there to {what} on: set use of one to both")
     return parts
 
 
 def _part(key, settings):
     where = f"task.options.parts.{key}"
     if not isinstance(settings, dict):
-        raise ValueError(f"{where}={settings!r} must be a section of settings; {{}} takes the defaults")
+        raise ValueError(f"{where}={settings!r} must be a section of settings; {{}} takes the defaults")  # noqa: TRY004
     known = [field.name for field in dataclasses.fields(Part)]
     for name, value in settings.items():
         if name not in known:
@@ -132,7 +137,7 @@ def _tasks_of(task):
     weights = [part.weight * (part.use != "test") for part in parts.values()]
     tested = [float(part.use != "train") for part in parts.values()]
     if task.num_train is None and len({weight for weight in weights if weight}) > 1:
-        raise ValueError("task.num_train=none takes all rows of each part, whatever its weight: set task.num_train, or leave the weights out")
+        raise ValueError("task.num_train=none takes all rows of each part, whatever its weight: set it, or leave the weights out")
     nums = {}
     for field, by in (("num_train", weights), ("num_validation", weights), ("num_test", tested)):
         total = getattr(task, field)

@@ -112,8 +112,8 @@ def _typed(kind, value):
 
 def load(task: config.TaskConfig, seed: int) -> Task:
     """Returns the task. A validation or test row whose query was drawn before is dropped, counted and drawn anew."""
-    num_train, num_test = (given if given is not None else num for given, num in ((task.num_train, NUM_TRAIN), (task.num_test, NUM_TEST)))
-    nums = {"train": num_train, "validation": task.num_validation, "test": num_test}  # 0 in parts of a mixture
+    nums = {"train": task.num_train, "validation": task.num_validation, "test": task.num_test}  # 0 in parts of a mixture
+    nums = {split: {"train": NUM_TRAIN, "test": NUM_TEST}[split] if num is None else num for split, num in nums.items()}
     splits, dropped, seen = {}, {}, set()
     for split, num in nums.items():
         limit = num if split == "train" else 20 * num + 1000

@@ -328,14 +328,14 @@ def check_splits(task: config.TaskConfig, hub: Hub) -> None:
 
 
 def check_options(task: config.TaskConfig, names, numbers=()) -> None:
-    """Raises ValueError where task.options holds an unknown name, a value of `names` that is no text, or one of `numbers` not above 0."""
+    """Raises ValueError for an unknown name in task.options, a value that is no text, and one of `numbers` not above 0."""
     known = (*names, *numbers)
     for name, value in task.options.items():
         if name not in known:
             has = f"{', '.join(known)}{config.nearest(name, known)}"
             raise ValueError(f"task.options.{name}={value!r} is unknown to {task.name}, which has {has}")
         if name in numbers:
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-                raise ValueError(f"task.options.{name}={value!r} must be a number above 0")
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf")):
+                raise ValueError(f"task.options.{name}={value!r} must be a number above 0, or none")
         elif not isinstance(value, str) or not value:
             raise ValueError(f"task.options.{name}={value!r} must be text")
