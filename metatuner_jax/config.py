@@ -23,7 +23,7 @@ def _field(default, help):
 class TaskConfig:
     """The rows to learn from, and how an answer is scored."""
 
-    name: str = _field("gsm8k", "reasoning_gym:<name>, gsm8k or jsonl")
+    name: str = _field("gsm8k", "reasoning_gym:<name>, gsm8k, math, hotpotqa, cosmosqa, jsonl or mixture")
     train: str | None = _field(None, "file, folder or hub id of the train rows; none: the task's own")
     validation: str | None = _field(None, "likewise for validation; none: the task's own, or cut from train")
     test: str | None = _field(None, "likewise for test")
@@ -31,7 +31,7 @@ class TaskConfig:
     num_validation: int = _field(64, "validation rows, which choose the checkpoint")
     num_test: int | None = _field(None, "test rows to use; none: all")
     initial_prompt: str | None = _field(None, "the hand-written prompt; none: the task's own")
-    options: dict[str, Any] = _field({}, "what the task itself understands, such as field names or difficulty")
+    options: dict[str, Any] = _field({}, "what the task itself understands: field names, difficulty, the parts of a mixture")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,16 +357,17 @@ def override(tree, assignments) -> None:
             if section not in hints:
                 raise ValueError(f"config.{key} is unknown: {_at(sections[:i])} has no {section!r}{nearest(section, hints)}")
             if path == "task.options":
-                if i != len(sections) - 1:
-                    raise ValueError(f"config.{key} is unknown: task.options holds single values")
-                cls, node = None, node.options
+                cls, node = None, _option_section(node.options, key, sections[i + 1 :])
                 break
             cls, node = hints[section], node[section]
             if not dataclasses.is_dataclass(cls):
                 raise ValueError(f"config.{key} is unknown: config.{path} is a value, not a section")
         if cls is None:  # options: the task checks the name, the text tells the type
+            value = _guess(text)
+            if isinstance(node.get(leaf), ml_collections.ConfigDict) and value is not None:
+                raise ValueError(f"config.{key} is a section: set one of its values, or none to leave it out")
             with node.unlocked():
-                node[leaf] = _guess(text)
+                node[leaf] = value
             continue
         hints = typing.get_type_hints(cls)
         if leaf not in hints:
@@ -374,6 +375,18 @@ def override(tree, assignments) -> None:
         if dataclasses.is_dataclass(hints[leaf]) or typing.get_origin(hints[leaf]) is dict:
             raise ValueError(f"config.{key} is a section: set one of its values, such as config.{key}.{_first(hints[leaf])}=...")
         node[leaf] = _parse(f"config.{key}", hints[leaf], text)
+
+
+def _option_section(node, key, sections):
+    """Returns the section of task.options in which the last name of a key is set; a file has to make it."""
+    path = "task.options"
+    for section in sections:
+        known = [name for name, value in node.items() if isinstance(value, ml_collections.ConfigDict)]
+        if section not in known:
+            what = f"has no section {section!r}{nearest(section, known)}" if known else "holds single values"
+            raise ValueError(f"config.{key} is unknown: {path} {what}")
+        path, node = f"{path}.{section}", node[section]
+    return node
 
 
 def leaves(config: Config | None = None):

@@ -261,7 +261,7 @@ def test_gsm8k_knows_how_many_rows_the_hub_has():
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     import datasets
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise ConnectionError("Couldn't reach the hub\n(a long story)")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)

@@ -8,7 +8,15 @@ from typing import Any
 from metatuner_jax import config
 
 # A name that ends in ":" is a family, whose members are named after it. A new task is one module and one line here.
-_MODULES = {"gsm8k": "gsm8k", "jsonl": "jsonl", "reasoning_gym:": "reasoning_gym"}
+_MODULES = {
+    "gsm8k": "gsm8k",
+    "math": "competition_math",
+    "hotpotqa": "hotpotqa",
+    "cosmosqa": "cosmosqa",
+    "jsonl": "jsonl",
+    "mixture": "mixture",
+    "reasoning_gym:": "reasoning_gym",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """Two scores of one text, each 0 or 1."""
+    """Two scores of one text, each 0 to 1."""
 
     strict: float  # the text as it stands
     flexible: float  # never below strict: an answer found in the text, by the rules of the task
@@ -43,7 +51,8 @@ class Task:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     score: Callable[[str, Example], Score]
-    dropped: dict[str, int] = field(default_factory=dict)  # rows left out: validation_in_train, test_in_train
+    # rows left out: validation_in_train, test_in_train, and unlabelled where a source has rows without an answer
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 def check(task: config.TaskConfig) -> None:

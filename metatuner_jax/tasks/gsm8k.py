@@ -6,8 +6,7 @@ from fractions import Fraction
 from metatuner_jax import config
 from metatuner_jax.tasks import Example, Score, Task, rows
 
-HUB_ID = "openai/gsm8k"
-HUB_ROWS = {"train": 7473, "test": 1319}
+HUB = rows.Hub("openai/gsm8k", "main", {"train": 7473, "test": 1319})
 INITIAL_PROMPT = (
     "Solve the problem step by step, in a few short lines. "
     "End with a last line that holds only #### and the final number, such as: #### 42"
@@ -24,23 +23,12 @@ _NUMBER = re.compile(
 def check(task: config.TaskConfig) -> None:
     """Raises ValueError for a setting that is known to be wrong without reading rows."""
     rows.check_options(task, ("config",))
-    for split in ("train", "validation", "test"):
-        if getattr(task, split) is not None:
-            rows.check_source(f"task.{split}", getattr(task, split))
-    if task.train is None:
-        needed = (task.num_train or 1) + (task.num_validation if task.validation is None else 0)
-        if needed > HUB_ROWS["train"]:
-            raise ValueError(
-                f"task.num_train={task.num_train} with task.num_validation={task.num_validation} is above the "
-                f"{HUB_ROWS['train']} train rows of {HUB_ID}, from which validation is cut: set one lower"
-            )
-        if task.test is None and (task.num_test or 1) > HUB_ROWS["test"]:
-            raise ValueError(f"task.num_test={task.num_test} is above the {HUB_ROWS['test']} test rows of {HUB_ID}: set it lower")
+    rows.check_splits(task, HUB)
 
 
 def load(task: config.TaskConfig, seed: int) -> Task:
     """Returns the task. Its answers keep the reasoning and the last line, without the <<...>> calculator marks."""
-    train, validation, test, dropped = rows.load_splits(task, seed, _example, (HUB_ID, "main"))
+    train, validation, test, dropped = rows.load_splits(task, seed, _example, HUB)
     return Task(task.name, "exact_match", task.initial_prompt or INITIAL_PROMPT, train, validation, test, score, dropped)
 
 

@@ -16,12 +16,12 @@ def check(task: config.TaskConfig) -> None:
     metric = task.options.get("metric", "exact_match")
     if metric not in METRICS:
         raise ValueError(f"task.options.metric={metric!r} is not one of {', '.join(METRICS)}{config.nearest(metric, METRICS)}")
-    if task.train is None:
+    if task.train is None and task.num_train != 0:
         raise ValueError("task.train=none: name the file, folder or hub id of the train rows")
     for split in ("train", "validation", "test"):
         if getattr(task, split) is not None:
             rows.check_source(f"task.{split}", getattr(task, split))
-    if task.test is None and task.num_test is None and not rows.has_splits(task.train):
+    if task.test is None and task.num_test is None and not (task.train and rows.has_splits(task.train)):
         raise ValueError("task.test=none: name a test file, or set task.num_test to cut that many rows from train")
 
 

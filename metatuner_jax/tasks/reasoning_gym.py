@@ -112,11 +112,12 @@ def _typed(kind, value):
 
 def load(task: config.TaskConfig, seed: int) -> Task:
     """Returns the task. A validation or test row whose query was drawn before is dropped, counted and drawn anew."""
-    nums = {"train": task.num_train or NUM_TRAIN, "validation": task.num_validation, "test": task.num_test or NUM_TEST}
+    nums = {"train": task.num_train, "validation": task.num_validation, "test": task.num_test}  # 0 in parts of a mixture
+    nums = {split: {"train": NUM_TRAIN, "test": NUM_TEST}[split] if num is None else num for split, num in nums.items()}
     splits, dropped, seen = {}, {}, set()
     for split, num in nums.items():
         limit = num if split == "train" else 20 * num + 1000
-        dataset = _dataset(task, seed + OFFSETS[split], limit)
+        dataset = _dataset(task, seed + OFFSETS[split], max(limit, 1))
         splits[split], index = [], 0
         while len(splits[split]) < num:
             if index == limit:

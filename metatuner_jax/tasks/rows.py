@@ -23,6 +23,15 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+class Hub(NamedTuple):
+    """A task's own rows on the hub: where those come from that no setting names."""
+
+    id: str
+    subset: str | None
+    sizes: dict[str, int]  # rows of train and of what is test
+    revision: str | None = None
+
+
 # --- reading ---
 
 
@@ -43,7 +52,7 @@ def has_splits(source: str) -> bool:
     return not os.path.isfile(source)
 
 
-def read(name: str, source: str, split: str, subset: str | None = None) -> list[Row] | None:
+def read(name: str, source: str, split: str, subset: str | None = None, revision: str | None = None) -> list[Row] | None:
     """Returns the rows of one split, or None where the folder or hub id has no such split. A file is one split.
 
     JSON Lines and CSV are read here, line by line, so that values stay as written and a message can name the line;
@@ -52,12 +61,14 @@ def read(name: str, source: str, split: str, subset: str | None = None) -> list[
     Args:
       name: the field that `source` comes from, for messages.
       subset: name of the configuration in a folder or hub id that has several.
+      revision: branch or commit of a hub id.
     """
     check_source(name, source)
     if os.path.isfile(source):
         rows = list(_read_file(source))
     else:
-        rows = _read_folder(name, source, split, subset) if os.path.isdir(source) else _read_hub(name, source, split, subset)
+        isdir = os.path.isdir(source)
+        rows = _read_folder(name, source, split, subset) if isdir else _read_hub(name, source, split, subset, revision)
     if rows is not None and not rows:
         raise ValueError(f"{name}={source!r} holds no rows")
     return rows
@@ -168,11 +179,11 @@ def _read_folder(name, source, split, subset):
     return [row for path in files for row in _read_file(path)]
 
 
-def _read_hub(name, source, split, subset):
+def _read_hub(name, source, split, subset, revision):
     import datasets
 
     try:
-        found = datasets.load_dataset(source, subset)
+        found = datasets.load_dataset(source, subset, revision=revision)
     except Exception as error:  # noqa: BLE001 (the library raises a dozen kinds)
         raise ValueError(
             f"{name}={source!r} is no file or folder here and could not be had from the hub: {_one_line(error)}; "
@@ -195,38 +206,58 @@ def query_key(query: str) -> str:
     return " ".join(query.split())
 
 
-def load_splits(task: config.TaskConfig, seed: int, make_example, default: tuple[str | None, str | None] = (None, None)):
+def load_splits(task: config.TaskConfig, seed: int, make_example, hub: Hub | None = None, validation_as_test: bool = False):
     """Returns the tuples train, validation and test, and the counts of what was dropped.
 
     A split that the task and its sources lack is cut from the train rows: the last ones of a shuffle by `seed`. Of
     the rest, train is the first `num_train` of the shuffle, in file order. Test is the first `num_test` rows whose
-    query is in neither train nor validation, whatever `num_train` is; validation likewise.
+    query is in neither train nor validation, whatever `num_train` is; validation likewise. A count of 0, as mixtures
+    set it, leaves that split empty.
 
     Args:
-      make_example: from (id, row) to an Example.
-      default: source of what `task` does not name, and the configuration of it that is meant.
+      make_example: from (id, row) to an Example, or to None for a row that has no answer, which is dropped.
+      hub: where rows come from that `task` does not name.
+      validation_as_test: a source without a labelled test split gives its validation split for it, as is usual where test
+        answers are secret; its validation rows are then cut from train.
     """
-    train_source = task.train or default[0]
+    train_source = task.train or (hub.id if hub else None)
+    dropped = {"validation_in_train": 0, "test_in_train": 0}
 
-    def examples(split, source):
-        subset = task.options.get("config", default[1] if source == default[0] else None)
-        found = None if source is None else read(f"task.{split}", source, split, subset)
-        if found is None and (split == "train" or getattr(task, split)):
+    def examples(split, source, names):
+        """Returns the examples of the first of the named splits that has any, and its name."""
+        own = hub is not None and source == hub.id
+        subset = task.options.get("config", hub.subset if own else None)
+        num_rows = 0
+        for name in names[: None if source and has_splits(source) else 1] if source else ():
+            found = read(f"task.{split}", source, name, subset, hub.revision if own else None) or []
+            made = [make_example(f"{name}-{i}", row) for i, row in enumerate(found)]
+            kept = [example for example in made if example is not None]
+            num_rows += len(made)
+            if len(kept) < len(made):
+                dropped["unlabelled"] = dropped.get("unlabelled", 0) + len(made) - len(kept)
+            if kept:
+                return kept, name
+        if split == "train" or getattr(task, split):
+            if num_rows:
+                raise ValueError(f"task.{split}={source!r}: none of its {num_rows} rows has an answer: name a split that has them")
             raise ValueError(f"task.{split}={source!r} has no split {split!r}: name its file, such as {split}.jsonl")
-        return found and [make_example(f"{split}-{i}", row) for i, row in enumerate(found)]
+        return None, None
 
-    inherited = train_source if has_splits(train_source) else None
-    train = examples("train", train_source)
-    validation = examples("validation", task.validation or inherited)
-    test = examples("test", task.test or inherited or default[0])
+    inherited = train_source if train_source and has_splits(train_source) else None
+    train, _ = examples("train", train_source, ["train"]) if task.num_train != 0 else ([], None)
+    test_source = task.test or inherited or (hub.id if hub and task.num_test != 0 else None)
+    test, found_in = examples("test", test_source, ["test", "validation"] if validation_as_test else ["test"])
+    lent = found_in == "validation" and test_source == inherited
+    validation, _ = examples("validation", task.validation or (None if lent else inherited), ["validation"])
+    test = [] if task.num_test == 0 else test
+    validation = [] if task.num_validation == 0 else validation
 
     rng = random.Random(seed)
     order = list(range(len(train)))
     rng.shuffle(order)
-    dropped = {"validation_in_train": 0, "test_in_train": 0}
     train_keys = {query_key(example.query) for example in train}
     if test is None:
-        if task.num_test is None:
+        if task.num_test is None or not train:
             raise ValueError("task.test=none: name a test file, or set task.num_test to cut that many rows from train")
         test, order, dropped["test_in_train"] = _cut("test", train, order, task.num_test)
     else:
@@ -269,6 +300,8 @@ def _unseen(examples, seen):
 
 def _first(task, split, examples, num_dropped):
     num = getattr(task, f"num_{split}")
+    if num == 0:
+        return []
     if not examples:
         source = getattr(task, split) or task.train
         raise ValueError(f"task.{split}={source!r}: all its {num_dropped} queries are in train or validation: give other rows")
@@ -278,11 +311,31 @@ def _first(task, split, examples, num_dropped):
     return examples[:num]
 
 
-def check_options(task: config.TaskConfig, names) -> None:
-    """Raises ValueError where task.options holds a name not in `names`, or a value that is not text."""
+def check_splits(task: config.TaskConfig, hub: Hub) -> None:
+    """Raises ValueError where a split's source cannot be one, or the hub has fewer rows than are asked for."""
+    for split in ("train", "validation", "test"):
+        if getattr(task, split) is not None:
+            check_source(f"task.{split}", getattr(task, split))
+    if task.train is None:
+        needed = (task.num_train or 1) + (task.num_validation if task.validation is None else 0)
+        if needed > hub.sizes["train"]:
+            raise ValueError(
+                f"task.num_train={task.num_train} with task.num_validation={task.num_validation} is above the "
+                f"{hub.sizes['train']} train rows of {hub.id}, from which validation is cut: set one lower"
+            )
+        if task.test is None and (task.num_test or 1) > hub.sizes["test"]:
+            raise ValueError(f"task.num_test={task.num_test} is above the {hub.sizes['test']} test rows of {hub.id}: set it lower")
+
+
+def check_options(task: config.TaskConfig, names, numbers=()) -> None:
+    """Raises ValueError for an unknown name in task.options, a value that is no text, and one of `numbers` not above 0."""
+    known = (*names, *numbers)
     for name, value in task.options.items():
-        if name not in names:
-            has = f"{', '.join(names)}{config.nearest(name, names)}"
+        if name not in known:
+            has = f"{', '.join(known)}{config.nearest(name, known)}"
             raise ValueError(f"task.options.{name}={value!r} is unknown to {task.name}, which has {has}")
-        if not isinstance(value, str) or not value:
+        if name in numbers:
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf")):
+                raise ValueError(f"task.options.{name}={value!r} must be a number above 0, or none")
+        elif not isinstance(value, str) or not value:
             raise ValueError(f"task.options.{name}={value!r} must be text")

@@ -1,0 +1,102 @@
+r"""MATH (Hendrycks et al., arXiv 2103.03874): problems of competitions, whose solutions put the answer in \boxed{}."""
+
+import functools
+import re
+
+from metatuner_jax import config
+from metatuner_jax.tasks import Example, Score, Task, math_verifier, rows
+
+HUB = rows.Hub("DigitalLearningGmbH/MATH-lighteval", "default", {"train": 7500, "test": 5000})
+INITIAL_PROMPT = r"Solve the problem step by step. Put the final answer in \boxed{}, such as: \boxed{42}"
+SECONDS = 5.0
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_MARK = re.compile(r"####|\banswer(?:\s+(?:is|should\s+be|would\s+be)\b(?P<denied>\s+not\b)?|\s*[:=])", re.IGNORECASE)
+
+
+def check(task: config.TaskConfig) -> None:
+    """Raises ValueError for a setting that is known to be wrong without reading rows."""
+    rows.check_options(task, ("config",), numbers=("seconds",))
+    rows.check_splits(task, HUB)
+
+
+def load(task: config.TaskConfig, seed: int) -> Task:
+    """Returns the task. Its answers are the whole solutions."""
+    train, validation, test, dropped = rows.load_splits(task, seed, _example, HUB)
+    score = make_score(float(task.options.get("seconds") or SECONDS))
+    return Task(task.name, "math_verify", task.initial_prompt or INITIAL_PROMPT, train, validation, test, score, dropped)
+
+
+def make_score(seconds: float):
+    r"""Returns score(text, example): strict: the last \boxed{} equals the gold; flexible: the final answer does, boxed or not.
+
+    Equal is what math-verify takes for equal (0.75 and 3/4, x=5 and 5, 12 cm and 12, {1,2} and {2,1}), or the same text.
+    Where there is a box, the last one is the final answer and both scores are the same. Else it is what stands after
+    the last "answer is", "Answer:" or "####", to the end of that sentence; else what math-verify finds in the text, mostly
+    its last formula or number. An answer that math-verify is not done with in `seconds` is wrong, on a busy machine too.
+    """
+    verifier = _verifier(seconds)
+
+    def score(text: str, example: Example) -> Score:
+        box = last_box(text)
+        if box is not None:
+            right = _squeezed(box) == _squeezed(example.source) or verifier.equal(_formula(example.source), [_formula(box)])
+            return Score(float(right), float(right))
+        if not text.strip():
+            return Score(0.0, 0.0)
+        return Score(0.0, float(verifier.equal(_formula(example.source), final_answer(text))))
+
+    return score
+
+
+@functools.cache
+def _verifier(seconds):
+    return math_verifier.Verifier(seconds)
+
+
+def last_box(text: str) -> str | None:
+    r"""Returns what the last whole \boxed{...} or \boxed x of a text holds, or None. A box that was cut off is none."""
+    for match in reversed(list(_BOX.finditer(text))):
+        rest = text[match.end() :]
+        if not rest.startswith("{"):
+            bare = re.match(r"[^$\n{}]+", rest)  # \boxed 5$
+            if bare and match[0][-1].isspace():
+                return bare[0].strip().rstrip(".")
+            continue
+        depth = 0
+        for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ is no brace
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0 and brace[0] == "}":
+                return rest[1 : brace.start()].strip()
+    return None
+
+
+def final_answer(text: str) -> list[str]:
+    """Returns the final answer of a text without a box, in the forms in which math-verify may read it.
+
+    There is none where a text only says what the answer is not.
+    """
+    found = list(_MARK.finditer(text))
+    marks = [mark for mark in found if not mark["denied"]]
+    if not marks:
+        return [] if found else [text]
+    lines = text[marks[-1].end() :].strip(" :*\t\n").splitlines() or [""]
+    sentence = re.split(r"(?<=\S)\.(?=\s|$)", lines[0])[0].strip(" *")
+    return [sentence] if "$" in sentence or r"\(" in sentence or r"\[" in sentence else [_formula(sentence), sentence]
+
+
+def _formula(text):
+    """Returns the text as one formula on one line, whose own dollar signs are gone but for those that are money."""
+    return "$" + " ".join(re.sub(r"(?<!\\)\$", "", text).split()) + "$"
+
+
+def _squeezed(text):
+    return "".join(text.split())
+
+
+def _example(id, row):
+    way_out = "rows of math have the fields problem and solution; for others use task.name=jsonl"
+    problem, solution = (rows.text(row, field, way_out) for field in ("problem", "solution"))
+    gold = last_box(solution)
+    if not gold:
+        raise ValueError(rf"{row.where}: field 'solution' has no answer in \boxed{{}}: add it, or use task.name=jsonl")
+    return Example(id, problem, solution, reference=gold, source=gold)
