@@ -149,12 +149,14 @@ def main(argv=None) -> int:
             return write_report(pathlib.Path(options.get("--results", "results")))
         grid = read_grid(options, given)
         searches = grid.searches()
-        for one in [one for runs in searches.values() for one in runs.values()]:
+        for one in rest(grid, searches, known=False):
+            config = run.load_config(grid.config, one.settings)
+            if getattr(config.eval, "report", "test") != "test":
+                raise run.Mistake(
+                    f"eval.report={config.eval.report!r} gives no test scores, which a comparison is of: leave it out"
+                )
+        for one in [*(one for runs in searches.values() for one in runs.values()), *rest(grid, searches)]:
             one.check()
-        for variant in grid.variants:
-            for seed in grid.seeds:
-                run.load_config(grid.config, grid.run(variant, seed).settings)
-        check_rest(grid, searches)
         asked = join_saved(grid)
         if "--plan" in options:
             print(plan(grid, searches))
@@ -259,8 +261,8 @@ def join_saved(grid) -> dict:
     """
     asked = {
         "config": os.path.relpath(grid.config) if grid.config.resolve().is_relative_to(pathlib.Path.cwd()) else str(grid.config),
-        "settings": dict(grid.given), "rates": list(grid.rates), "search_steps": grid.search_steps, "sweep": grid.sweep,
-        "method": grid.variants[0].method if grid.sweep else None,
+        "settings": dict(grid.given), "rates": list(grid.rates), "search_steps": grid.search_steps if grid.rates else None,
+        "sweep": grid.sweep, "method": grid.variants[0].method if grid.sweep else None,
     }  # fmt: skip
     everything = {"variants": [v.name for v in grid.variants], "seeds": list(grid.seeds), "machines": [machine()]}
     for saved in saved_grids(grid.publish, grid.workdir):
@@ -296,16 +298,10 @@ def machine() -> str:
             name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
     except OSError:
         pass
-    return f"{name}, {cores} cores"
+    return f"{name}, {cores} core{'s' * (cores > 1)}"
 
 
 # --- the runs ---
-
-
-def check_rest(grid, searches):
-    """Checks the folders of the runs whose learning rate is known already."""
-    for one in rest(grid, searches):
-        one.check()
 
 
 def rest(grid, searches, known=True):
@@ -379,7 +375,6 @@ def outcome(results) -> str:
 
 def work(grid, searches, asked) -> int:
     """Does all that is left; returns the exit code."""
-    grid.workdir.mkdir(parents=True, exist_ok=True)
     for folder in filter(None, (grid.workdir, grid.publish)):
         folder.mkdir(parents=True, exist_ok=True)
         run.write_json(folder / "grid.json", asked)

@@ -89,11 +89,12 @@ def cost_table(summary) -> str:
 
 
 def control_table(summary) -> str:
-    """Returns the controls of the variants that have any, empty text where none has."""
+    """Returns the controls of the methods that write prompts or adapters for each query, empty text where there are none."""
     rows = []
     for name, v in summary["variants"].items():
         scores = [*v["adapter"].values(), *v["prompt"].values()]
-        if any(score is not None for score in (*scores, v["distinct"])):
+        own = v["method"].startswith("metatuner") or v["method"] in summary_lib.ABLATIONS
+        if own and any(score is not None for score in scores):
             distinct = DASH if v["distinct"] is None else f"{v['distinct']:.0f} of {v['n'] / len(v['seeds']):.0f}"
             rows.append([name, *map(percent, scores), distinct, percent(v["share_initial"])])
     header = [
@@ -224,7 +225,7 @@ def fill(text, summary, where) -> str:
       Mistake: a placeholder is unknown, or a percentage is typed by hand.
     """
     found = figures(summary)
-    typed = re.search(r"\d[\d.,]*\s*(%|percent\b)", text)
+    typed = re.search(r"\d[\d.,]*\s*(%|percent\b)", text.replace("95% interval", ""))
     if typed:
         raise run.Mistake(f"{where}: {typed[0]!r} is typed by hand: write a placeholder such as {{metatuner_j.after}} in its place")
 
@@ -245,7 +246,8 @@ here is typed by hand. Scores are strict, in percent, on unseen test queries. *b
 prompt. The 95% interval resamples the queries of each seed and keeps the seeds, so it does not hold what another seed would change:
 *sd over seeds* tells that. The best rival is the method with the highest mean on these same test rows that is neither MetaTuner nor
 one of its ablations (prompt_only, hyper_only, unshared: the paper's w/o F, w/o P, w/o S). The comparison with it is a paired
-bootstrap over the queries that both answered under one seed; *share ≤ 0* is the share of resamples without a gain.
+bootstrap over the queries that both answered under one seed; *share ≤ 0* is the share of resamples without a gain. A control of
+what a method does not have, such as the adapters of prompt_only, shows its score unchanged.
 """
 
 

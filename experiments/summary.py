@@ -84,7 +84,7 @@ def summarise(folder) -> dict:
         if found:
             runs[name][seed] = found
     scores = {name: scores_of(found) for name, found in runs.items()}
-    variants = {name: over_seeds(name, found, scores[name]) for name, found in runs.items() if found}
+    variants = {name: over_seeds(found, scores[name]) for name, found in runs.items() if found}
     ranked = list(variants) if grid["sweep"] else sorted(variants, key=lambda name: -variants[name]["mean"])
     rivals = [] if grid["sweep"] else [name for name in ranked if not name.startswith("metatuner") and name not in ABLATIONS]
     best = rivals[0] if rivals else None
@@ -104,9 +104,7 @@ def summarise(folder) -> dict:
         "variants": {name: variants[name] for name in ranked},
         "not_run": [f"{name}-{seed}" for name, seed in planned(grid) if seed not in runs[name]],
         "search": {name: {rate: r["validation"]["mean"] for rate, r in rates.items()} for name, rates in search.items()},
-        "wall_s": sum(
-            r["wall_s"] for r in [*(r for r, _ in everything), *(r for rates in search.values() for r in rates.values())]
-        ),
+        "wall_s": sum(r["wall_s"] for r, _ in everything) + sum(r["wall_s"] for rates in search.values() for r in rates.values()),
     }
 
 
@@ -142,13 +140,14 @@ def scores_of(found) -> dict:
     return {seed: results["scores"] for seed, (results, _) in found.items() if results.get("scores")}
 
 
-def over_seeds(name, found, scores) -> dict:
+def over_seeds(found, scores) -> dict:
     """Returns a variant's figures; None stands where no run has them."""
     all_results = [results for results, _ in found.values()]
     means = [results["after"]["mean"] for results in all_results]
     method = all_results[0]["method"]
     rates = {dig(saved, "config", "train", "learning_rate") for _, saved in found.values()}
     average = lambda *keys: average_of(all_results, *keys)
+    parts = [np.array(list(one.values()), np.float64) for one in scores.values()]
     return {
         "method": method,
         "seeds": list(found),
@@ -157,9 +156,7 @@ def over_seeds(name, found, scores) -> dict:
         "before": average("before", "mean"),
         "mean": float(np.mean(means)),
         "sd": spread(means),
-        "ci95": interval([np.array(list(part.values()), np.float64) for part in scores.values()])
-        if len(scores) == len(found)
-        else None,
+        "ci95": interval(parts) if len(parts) == len(found) else None,
         "adapter": {which: average("adapter", which, "mean") for which in ("own", "shuffled", "mean", "none")},
         "prompt": {which: average("prompt", which, "mean") for which in ("own", "shuffled", "initial")},
         "distinct": average("prompts", "distinct"),

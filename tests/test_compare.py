@@ -82,12 +82,12 @@ def make_results(method, seed, n=40, mean=None, **changes):
         "validation": {"mean": 0.5, "n": 16}, "steps": 100, "wall_s": 600.0 + 60 * METHODS.index(method), "scores": scores,
         "cost": {"trained_parameters": 34_800_000, "actor_calls": 150 * METHODS.index(method), "tokens": 123_456, "seconds": 500.0},
     }  # fmt: skip
-    if method.startswith("metatuner"):
-        control = lambda *names: {name: {**after, "mean": after["mean"] / 2**i} for i, name in enumerate(names)}
-        found |= {
-            "adapter": control("own", "shuffled", "mean", "none"), "prompt": control("own", "shuffled", "initial"),
-            "prompts": {"distinct": 3, "share_initial": 0.75, "mean_tokens": 9.5},
-        }  # fmt: skip
+    ours = method.startswith("metatuner")
+    control = lambda *names: {name: {**after, "mean": after["mean"] / 2 ** (i * ours)} for i, name in enumerate(names)}
+    found |= {
+        "adapter": control("own", "shuffled", "mean", "none"), "prompt": control("own", "shuffled", "initial"),
+        "prompts": {"distinct": 3, "share_initial": 0.75, "mean_tokens": 9.5},
+    }  # fmt: skip
     return found | changes
 
 
@@ -494,18 +494,20 @@ def test_the_report_holds_scores_costs_controls_and_what_was_not_run(results, ca
     a, percent = ours["against"], report.percent
     row = (
         f"| **metatuner_j** | 0, 1 | 0.0005 | 12.5 | {percent(ours['mean'])} | {percent(ours['sd'])} | "
-        f"{report.bounds(ours['ci95'])} | {percent(a['relative'], '+')} | {percent(a['difference'], '+')} | {report.bounds(a['ci95'])} | 0.000 |"
+        f"{report.bounds(ours['ci95'])} | {percent(a['relative'], '+')} | {percent(a['difference'], '+')} | "
+        f"{report.bounds(a['ci95'])} | 0.000 |"
     )
     half, quarter = percent(ours["mean"] / 2), percent(ours["mean"] / 4)
     for part in (
         "\n    python -m experiments.compare --config c.py\n", row, "a cpu; 1 x cpu;", "**Not run**: zero_shot-1.",
         "| metatuner_j | 34.8 million | 1,350 | 123,456 | 8 min | 19 min |",
         f"| metatuner_j | {percent(ours['mean'])} | {half} | {quarter} | {percent(ours['mean'] / 8)} |", "| 3 of 40 | 75.0 |",
-        "| sft | 75.0 |", f"- **metatuner_j beats sft**, the best rival: {percent(a['difference'], '+')} points",
+        "\n| sft | 75.0 |", f"- **metatuner_j beats sft**, the best rival: {percent(a['difference'], '+')} points",
         "not less than the 10% that it aims at.", f"Another query's adapter in place of its own costs {half} points",
         f"| [words](#words) | metatuner_j {percent(ours['mean'])} | sft ", "| `single` | jsonl, metatuner_j, seed 0 |",
     ):  # fmt: skip
         assert part in text, part
+    assert "\n| sft |" not in report.control_table(found)
     assert "comparison.png" not in text and "empty" not in text
     (results / "words" / "comparison.png").write_bytes(b"")
     assert "![Scores and costs](results/words/comparison.png)" in report.write(results)
@@ -548,10 +550,12 @@ def test_a_mixture_shows_its_parts(tmp_path):
 
 
 def test_notes_take_their_figures_from_the_runs(results):
-    (results / "words" / "notes.md").write_text("MetaTuner-J: {metatuner_j.after}; {best_rival}: {best_rival.after}; goal {goal}.")
+    (results / "words" / "notes.md").write_text(
+        "MetaTuner-J: {metatuner_j.after}; {best_rival}: {best_rival.after}; goal {goal}, as a 95% interval."
+    )
     figures = summary.summarise(results / "words")
     ours, rival = (report.percent(figures["variants"][name]["mean"]) for name in ("metatuner_j", "sft"))
-    assert f"\n\nMetaTuner-J: {ours}%; sft: {rival}%; goal 10%.\n\n" in report.write(results)
+    assert f"\n\nMetaTuner-J: {ours}%; sft: {rival}%; goal 10%, as a 95% interval.\n\n" in report.write(results)
     assert report.fill("{metatuner_j.adapter.none} {sft.actor_calls}", figures, "n") == (
         f"{report.percent(figures['variants']['metatuner_j']['adapter']['none'])}% 450"
     )
