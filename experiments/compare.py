@@ -342,6 +342,9 @@ def left(runs, took) -> str:
     seconds = [estimate(one, took) for one in runs]
     known = [s for s in seconds if s is not None]
     text = f"about {report.duration(sum(known))}" if known else ""
+    guessed = sum(s is not None and one.kind not in took for one, s in zip(runs, seconds))
+    if guessed:
+        text += f" ({guessed} run{'s' * (guessed > 1)} guessed from others)"
     if len(known) < len(seconds):
         unknown = len(seconds) - len(known)
         text += (" and " if text else "") + f"{unknown} run{'s' * (unknown > 1)} of a length not known yet"

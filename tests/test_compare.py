@@ -211,7 +211,7 @@ def test_a_grid_runs_once_and_is_then_done(root, runs, capsys):
     assert (saved["method"], saved["seed"], saved["train"]["num_steps"]) == ("sft", 1, 7)
     output = capsys.readouterr().out
     assert "[1/4] sft-0, log in work/sft-0.log; left: 4 runs of a length not known yet" in output
-    assert "[2/4] metatuner_j-0, log in work/metatuner_j-0.log; left: about 39 min" in output  # three like sft-0
+    assert "[2/4] metatuner_j-0, log in work/metatuner_j-0.log; left: about 39 min (2 runs guessed from others)" in output
     assert "[4/4] metatuner_j-1, log in work/metatuner_j-1.log; left: about 19 min" in output  # as its own first
     assert "4 of 4 runs are done" in output and "| **metatuner_j** | 0, 1 |" in output
     assert read("work/comparison.json")["variants"]["sft"]["tokens"] == 123_456
@@ -247,7 +247,7 @@ def test_a_grid_that_was_broken_off_goes_on(root, runs, capfd):
     assert call("--methods=sft,dpo,metatuner_j", "--seeds=0", "--plan") == 0
     assert capfd.readouterr().out.splitlines() == [
         "  done  sft-0: 35.0% in 13 min", "  left  dpo-0, begun: about 13 min", "  left  metatuner_j-0: about 13 min",
-        "1 of 3 runs are done; left: about 26 min",
+        "1 of 3 runs are done; left: about 26 min (2 runs guessed from others)",
     ]  # fmt: skip
     assert call("--methods=sft,dpo,metatuner_j", "--seeds=0") == 0
     assert runs.started == ["sft-0", "dpo-0", "dpo-0", "metatuner_j-0"]
@@ -278,7 +278,8 @@ def test_the_learning_rate_is_chosen_on_validation_rows_for_each_method_that_lea
     output, error = capfd.readouterr()
     assert "learning rate of sft: 0.0005, 50.0% of validation rows in 30 s" in output and error == "failed: search/dpo-0.0005\n"
     assert (
-        "[4/6] search/dpo-0.001, log in work/search/dpo-0.001.log; left: about 2 min and 6 runs of a length not known yet" in output
+        "[4/6] search/dpo-0.001, log in work/search/dpo-0.001.log; left: about 2 min (3 runs guessed from others) and 6 runs"
+        in output
     )
     runs.started.clear()
     assert call("--methods=zero_shot,sft", "--seeds=5", "--rates=1e-3,2e-4,5e-4") == 0
