@@ -70,29 +70,39 @@ def parse(argv):
     Raises:
       Mistake: an argument is unknown, or --config is missing.
     """
-    path = workdir = None
-    assignments = []
+    options, assignments = read_arguments(argv, ("--config", "--workdir"))
+    if "--config" not in options:
+        raise Mistake("--config is missing: name a file such as experiments/configs/quickstart.py")
+    path = pathlib.Path(options["--config"])
+    return path, pathlib.Path(options.get("--workdir") or f"runs/{path.stem}"), assignments
+
+
+def read_arguments(argv, names, flags=()):
+    """Returns ({name: text}, [(dotted key, text)]): the options, and the settings given as --config.KEY; a flag's text is empty.
+
+    Raises:
+      Mistake: an argument is unknown or lacks its value.
+    """
+    options, assignments = {}, []
     words = list(argv)
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        known = name in ("--config", "--workdir") or name.startswith("--config.")
-        if not known:
-            near = difflib.get_close_matches(name, ["--config", "--workdir", "--help"], n=1)
+        if word in flags:
+            options[word] = ""
+            continue
+        if name not in names and not name.startswith("--config."):
+            near = difflib.get_close_matches(name, [*names, *flags, "--help"], n=1)
             raise Mistake(f"argument {word!r} is unknown{f'; did you mean {near[0]}?' if near else ''}; see --help")
         if not equals:
             if not words:
                 raise Mistake(f"argument {name} needs a value: {name}=VALUE")
             value = words.pop(0)
-        if name == "--config":
-            path = pathlib.Path(value)
-        elif name == "--workdir":
-            workdir = pathlib.Path(value)
+        if name in names:
+            options[name] = value
         else:
             assignments.append((name.removeprefix("--config."), value))
-    if path is None:
-        raise Mistake("--config is missing: name a file such as experiments/configs/quickstart.py")
-    return path, workdir or pathlib.Path("runs") / path.stem, assignments
+    return options, assignments
 
 
 def load_config(path, assignments) -> config_lib.Config:
