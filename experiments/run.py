@@ -127,7 +127,7 @@ def load_module(path):
     try:
         spec.loader.exec_module(module)
         module.get_config()
-    except Exception as error:  # noqa: BLE001 (the file is the user's own code)
+    except Exception as error:  # the file is the user's own code
         raise Mistake(f"--config={path} could not be read: {type(error).__name__}: {error}") from None
     return module
 

@@ -187,9 +187,9 @@ def init_static(config, model, layers, key):
       config: has `rank` and `targets`.
     """
     static = {}
-    for target, key in zip(config.targets, jax.random.split(key, len(config.targets))):
+    for target, own_key in zip(config.targets, jax.random.split(key, len(config.targets))):
         width_in, width_out = projection_widths(model, target)
-        a = jax.random.normal(key, (layers, width_in, config.rank)) * width_in**-0.5
+        a = jax.random.normal(own_key, (layers, width_in, config.rank)) * width_in**-0.5
         static[target] = {"a": a, "b": jnp.zeros((layers, config.rank, width_out))}
     return static
 

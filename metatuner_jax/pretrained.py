@@ -807,7 +807,7 @@ def _read_json(folder, name):
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a JSON object")  # noqa: TRY004  bad input is a ValueError
+        raise ValueError(f"{path} must hold a JSON object")
     return tree
 
 

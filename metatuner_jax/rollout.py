@@ -91,8 +91,7 @@ def read_lines(path) -> list[dict]:
 def append_lines(path, objects) -> None:
     """Adds lines to a JSON Lines file; they are on disk when this returns."""
     with pathlib.Path(path).open("a", encoding="utf-8") as file:
-        for item in objects:
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
         file.flush()
         os.fsync(file.fileno())
 

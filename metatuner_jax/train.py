@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, evaluate, generator, losses, lora, preference, rollout, search, sharding, transformer
+from metatuner_jax import data, evaluate, generator, lora, losses, preference, rollout, search, sharding, transformer
 
 
 @flax.struct.dataclass

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
-
 from jaxtyping import install_import_hook
 
 with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotations are checked
@@ -23,11 +22,11 @@ with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotat
     import metatuner_jax.generator
     import metatuner_jax.lora
     import metatuner_jax.losses
-    import metatuner_jax.transformer
+    import metatuner_jax.transformer  # noqa: F401
 
 from metatuner_jax import config, generator, methods, transformer
 
-WORDS = "zero one two three four five six seven eight nine reverse the list of words say in order question instruction".split()
+WORDS = "zero one two three four five six seven eight nine reverse the list of words say in order question instruction".split()  # noqa: SIM905
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import ACTOR, END, GENERATOR, make_setup, randomise, scores_of
 
-from metatuner_jax import actor, decode, evaluate, generator, lora, losses, transformer
+from metatuner_jax import actor, decode, evaluate, generator, losses, transformer
+
 
 def jitted(function, setup):
     return jax.jit(functools.partial(function, setup))

@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ACTOR, END, GENERATOR, make_setup, randomise, scores_of
-from test_evaluate import Numbers, make_rows, score
+from test_evaluate import Numbers, make_rows
 
-from metatuner_jax import config, generator, losses, lora, methods, preference, rollout, search, train
+from metatuner_jax import config, generator, lora, losses, methods, preference, rollout, search, train
 from metatuner_jax.methods import METHODS
 
 FULL = ("embed", "shared", "prompt", "hyper")

@@ -151,7 +151,7 @@ def test_several_devices_give_the_losses_and_parameters_of_one(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, script, os.path.dirname(__file__)], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, os.path.dirname(__file__)], env=env, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for kind in ("lora", "full"):

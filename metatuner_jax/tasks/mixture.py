@@ -98,7 +98,7 @@ def _parts(task):
     given = task.options.get("parts")
     if not isinstance(given, dict):
         example = {"gsm8k": {"weight": 2.0}, "math": {"use": "test"}}
-        raise ValueError(f"task.options.parts={given!r} must be a section, written in a config file: {example}")  # noqa: TRY004
+        raise ValueError(f"task.options.parts={given!r} must be a section, written in a config file: {example}")
     parts = {key: _part(key, settings) for key, settings in given.items() if settings is not None}
     for use, what in (("train", "test"), ("test", "train")):
         if all(part.use == use for part in parts.values()):
@@ -110,7 +110,7 @@ def _parts(task):
 def _part(key, settings):
     where = f"task.options.parts.{key}"
     if not isinstance(settings, dict):
-        raise ValueError(f"{where}={settings!r} must be a section of settings; {{}} takes the defaults")  # noqa: TRY004
+        raise ValueError(f"{where}={settings!r} must be a section of settings; {{}} takes the defaults")
     known = [field.name for field in dataclasses.fields(Part)]
     for name, value in settings.items():
         if name not in known:

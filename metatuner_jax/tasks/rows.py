@@ -88,7 +88,7 @@ def text(row: Row, field: str, way_out: str) -> str:
         shown = json.dumps(value, default=str)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         shown = f"{shown} ({type(value).__name__})"
-        raise ValueError(f'{row.where}: field {field!r} is {shown}, not text: write it in quotes, such as "42"')  # noqa: TRY004
+        raise ValueError(f'{row.where}: field {field!r} is {shown}, not text: write it in quotes, such as "42"')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -128,7 +128,7 @@ def _read_json_lines(path):
             way_out = "; write one object a line, not one array" if line.lstrip().startswith("[") else ""
             raise ValueError(f"{path}:{number}: not a line of JSON: {_one_line(error)}{way_out}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{path}:{number}: a {type(values).__name__}, not an object: write one {{...}} a line")  # noqa: TRY004
+            raise ValueError(f"{path}:{number}: a {type(values).__name__}, not an object: write one {{...}} a line")
         yield Row(f"{path}:{number}", values)
 
 
@@ -168,7 +168,7 @@ def _read_folder(name, source, split, subset):
 
     try:  # the builder only finds the files; we read them, since its JSON and CSV readers guess types
         found = datasets.load_dataset_builder(source, subset).config.data_files or {}
-    except Exception as error:  # noqa: BLE001 (the library raises a dozen kinds)
+    except Exception as error:  # the library raises a dozen kinds
         raise ValueError(f"{name}={source!r} holds no rows that can be found: {_one_line(error)}") from None
     files = {str(key): [str(path) for path in paths] for key, paths in found.items()}.get(split)
     if files is None:
@@ -184,7 +184,7 @@ def _read_hub(name, source, split, subset, revision):
 
     try:
         found = datasets.load_dataset(source, subset, revision=revision)
-    except Exception as error:  # noqa: BLE001 (the library raises a dozen kinds)
+    except Exception as error:  # the library raises a dozen kinds
         raise ValueError(
             f"{name}={source!r} is no file or folder here and could not be had from the hub: {_one_line(error)}; "
             "check the name and the network, or give a path"

@@ -1,0 +1,137 @@
+"""Whole runs of every method on a tiny model, through the command line."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_run import command, compiled, load_state, read_lines, root, start, write_rows  # noqa: F401 (fixtures)
+
+from metatuner_jax import data
+from metatuner_jax.methods import METHODS
+
+PREFERENCE = ("preference.num_samples=2", "preference.temperature=2.0")
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "metatuner_j"])  # which test_run is about
+def test_every_method_runs_to_its_results(method, root, tmp_path):  # noqa: F811
+    settings = ("rollout.search_prompts=2", "rollout.search_rounds=1", "train.alternate_every=1", *PREFERENCE)
+    code, output = start(command(root, tmp_path / "run", f"method={method}", *settings))
+    assert code == 0 and f"{method} on jsonl, seed 0: {METHODS[method].summary}" in output
+    results, m = results_of(tmp_path / "run"), METHODS[method]
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    steps = [line for line in metrics if line["phase"] != "search"]
+    assert [line["step"] for line in steps] == list(range(4 if m.learns else 0))
+    assert results["steps"] == (0 if not m.learns else 2 if method == "dpo" else 4)
+    assert results["method"] == method and len(results["scores"]) == 8 and results["validation"]["n"] == 8
+    cost = results["cost"]
+    assert (cost["trained_parameters"] > 0) == (cost["tokens"] > 0) == m.learns
+    assert cost["actor_calls"] == sum(line.get("rollout_attempts", 0) for line in metrics)
+    assert (cost["actor_calls"] > 0) == (m.prompt != "initial" or m.preference)
+    if m.adapter == "static":
+        assert results["adapter"]["own"] == results["adapter"]["shuffled"] == results["adapter"]["mean"]
+    if m.prompt == "initial":
+        assert results["prompts"] == {"distinct": 1, "share_initial": 1.0, "mean_tokens": results["prompts"]["mean_tokens"]}
+    terms = {line["step"]: {name for name in line if name.endswith("_loss")} for line in steps}
+    if method == "metatuner_i":
+        assert terms == {0: {"task_loss"}, 1: {"prompt_loss"}, 2: {"task_loss"}, 3: {"prompt_loss"}}
+    if method == "dpo":
+        assert [line["phase"] for line in steps] == ["actor"] * 2 + ["joint"] * 2
+        assert terms[2] == {"preference_loss"} and steps[2]["margin"] == 0
+        pairs = read_lines(tmp_path / "run" / "pairs.jsonl")
+        assert {pair["step"] for pair in pairs} == {2} and any(pair["chosen"] for pair in pairs)
+    if m.prompt == "searched":
+        assert metrics[-1]["phase"] == "search"
+    if method == "zero_shot":
+        assert results["after"] == results["before"]
+
+
+WARM = ("warmup.actor_steps=2", "warmup.generator_steps=1", "train.num_steps=3", "train.diagnose_every=2", "rollout.every=1")
+
+
+@pytest.fixture(scope="module")
+def warm(root, tmp_path_factory):  # noqa: F811
+    """A run with both warm-ups, without a break."""
+    folder = tmp_path_factory.mktemp("warm") / "run"
+    code, output = start(command(root, folder, *WARM))
+    assert code == 0
+    return folder, output
+
+
+def test_warm_ups_are_phases_of_the_run(warm):
+    folder, output = warm
+    for text in ("step 0: warm-up of the actor", "step 2: warm-up of the generator", "step 3: the joint phase"):
+        assert text in output
+    assert " of at most 48 actor calls" in output  # four refreshes of four queries with two new prompts
+    metrics = read_lines(folder / "metrics.jsonl")
+    assert [line["phase"] for line in metrics] == ["actor"] * 2 + ["generator"] + ["joint"] * 3
+    losses = [{name for name in line if name.endswith("_loss")} for line in metrics]
+    assert losses == [{"task_loss"}] * 2 + [{"prompt_loss"}] + [{"task_loss", "prompt_loss"}] * 3
+    assert [("task_gradient_share" in line) for line in metrics] == [False] * 3 + [True, False, True]
+    for line in metrics[3:]:
+        assert {"delta_ratio", "delta_variance", "delta_rank", "initial_share", "expert_size", "expert_score"} <= set(line)
+    assert {attempt["step"] for attempt in read_lines(folder / "experts.jsonl")} == {2, 3, 4, 5}
+    before = [line["score"] for line in read_lines(folder / "before.jsonl")]
+    assert results_of(folder)["before"]["mean"] == np.mean(before)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+
+    def cut_off(*args, batch_of=data.batch_of):
+        seen.append(1)
+        if len(seen) == at + 1:
+            raise KeyboardInterrupt
+        return batch_of(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "batch_of", cut_off)
+        start(command(root, tmp_path / "run", *WARM))
+    code, output = start(command(root, tmp_path / "run", *WARM))
+    assert code == 0 and ("resuming at step" in output) == (at > 1)
+    exact = lambda folder: [
+        {name: value for name, value in line.items() if not name.endswith("_s")} for line in read_lines(folder / "metrics.jsonl")
+    ]
+    assert exact(tmp_path / "run") == exact(warm[0])
+    for name in ("experts.jsonl", "predictions.jsonl", "before.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == (warm[0] / name).read_text()
+    jax.tree.map(np.testing.assert_array_equal, load_state(tmp_path / "run", 6), load_state(warm[0], 6))
+
+
+def test_a_run_may_report_its_validation_score_alone(root, tmp_path):  # noqa: F811
+    code, output = start(command(root, tmp_path / "run", "method=sft", "eval.report=validation"))
+    results = results_of(tmp_path / "run")
+    assert code == 0 and "jsonl, sft: 0.0% of 8 validation rows" in output
+    assert set(results) == {
+        "task", "method", "seed", "metric", "validation", "steps", "checkpoint", "wall_s", "train_s", "rollout_s", "cost", "dropped",
+    }  # fmt: skip
+    assert not (tmp_path / "run" / "before.jsonl").exists() and not (tmp_path / "run" / "predictions.jsonl").exists()
+    code, again = start(command(root, tmp_path / "run", "method=sft", "eval.report=validation"))
+    assert code == 0 and "finished: nothing to do" in again
+
+
+def test_rows_of_a_mixture_keep_their_own_prompts_and_are_scored_apart(root, tmp_path):  # noqa: F811
+    write_rows(tmp_path / "more.jsonl", [{"question": f"say {word}", "answer": word} for word in "abcdefghijklmnopqrstuvwxyz"])
+    (tmp_path / "config.py").write_text(
+        "from metatuner_jax import config\n\n\ndef get_config():\n    parts = {\n"
+        f"        'lists': {{'name': 'jsonl', 'train': r'{root}/train.jsonl', 'initial_prompt': 'reverse'}},\n"
+        f"        'words': {{'name': 'jsonl', 'train': r'{tmp_path}/more.jsonl', 'initial_prompt': 'say it'}},\n    }}\n"
+        "    task = {'name': 'mixture', 'num_train': 12, 'num_validation': 4, 'num_test': 8, 'options': {'parts': parts}}\n"
+        "    return config.to_tree(config.make(task=task))\n"
+    )
+    arguments = command(root, tmp_path / "run", "train.num_steps=2", "eval.batch_size=8")
+    arguments[1] = str(tmp_path / "config.py")
+    dropped = ("task.name=", "task.train=", "task.validation=", "task.test=", "task.num_validation=", "task.initial_prompt=")
+    code, _ = start([word for word in arguments if not word.removeprefix("--config.").startswith(dropped)])
+    assert code == 0
+    results = results_of(tmp_path / "run")
+    assert set(results["parts"]) == {"lists", "words"} and all(part["after"]["n"] == 4 for part in results["parts"].values())
+    firsts = {}
+    for attempt in read_lines(tmp_path / "run" / "experts.jsonl"):
+        firsts.setdefault(attempt["id"], attempt["prompt"])
+    assert {(id.split("/")[0], prompt) for id, prompt in firsts.items()} == {("lists", "reverse"), ("words", "say it")}
