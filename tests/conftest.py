@@ -1,7 +1,10 @@
 """Fixtures shared by the suite: a tiny language model on disk, and one in memory."""
 
+import itertools
 import json
 import os
+import random
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotations are checked
@@ -23,6 +27,8 @@ with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotat
     import metatuner_jax.lora
     import metatuner_jax.losses
     import metatuner_jax.transformer  # noqa: F401
+
+from runs import write_rows
 
 from metatuner_jax import config, generator, methods, transformer
 
@@ -88,6 +94,60 @@ def save_model(folder, seed=0, template=CHAT_TEMPLATE, extra=(), **changes):
 def tiny_model(tmp_path_factory):
     """The folder of a tiny model."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+# --- small runs ---
+
+CONFIG = "from metatuner_jax import config\n\n\ndef get_config():\n    return config.to_tree(config.Config())\n"
+SPLITS = {"train": 24, "validation": 8, "test": 8}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Runs of one config share what XLA compiled for the first of them."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory, tiny_model):
+    """A folder with rows, a config file and models, good ones and bad ones."""
+    folder = tmp_path_factory.mktemp("root")
+    rng = random.Random(0)
+    lists = rng.sample(list(itertools.permutations(WORDS[1:10], 3)), sum(SPLITS.values()))
+    for split, number in SPLITS.items():
+        rows = [{"question": f"reverse the list: {' '.join(words)}", "answer": " ".join(words[::-1])} for words in lists[:number]]
+        lists = lists[number:]
+        write_rows(folder / f"{split}.jsonl", rows)
+    (folder / "empty.jsonl").write_text("")
+    write_rows(folder / "no_field.jsonl", [rows[0], {"question": "reverse", "reply": "esrever"}])
+    write_rows(folder / "number.jsonl", [{"question": "six times seven", "answer": 42}])
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "section.py").write_text(
+        CONFIG.replace("config.to_tree(config.Config())", "{**config.to_tree(config.Config()).to_dict(), 'train': 3}")
+    )
+    (folder / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    shutil.copytree(tiny_model, folder / "model")
+    for bad, missing in (("no_config", "config.json"), ("no_weights", "model.safetensors"), ("no_tokenizer", "tokenizer.json")):
+        shutil.copytree(tiny_model, folder / bad)
+        (folder / bad / missing).unlink()
+    shutil.copytree(tiny_model, folder / "cut_short")
+    weights = folder / "cut_short" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    shutil.copytree(tiny_model, folder / "wrong_shape")
+    settings = json.loads((folder / "wrong_shape" / "config.json").read_text())
+    (folder / "wrong_shape" / "config.json").write_text(json.dumps({**settings, "intermediate_size": 44}))
+    save_model(folder / "other_tokenizer", extra=("<|think|>",))
+    save_model(folder / "short_window", max_position_embeddings=40)
+    save_model(folder / "larger", seed=1, hidden_size=32, num_hidden_layers=2)
+    return folder
 
 
 # --- the same in memory, for tests of single parts: sizes all different ---

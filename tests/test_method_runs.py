@@ -5,11 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_run import command, compiled, load_state, read_lines, root, start, write_rows  # noqa: F401 (fixtures)
+from runs import command, load_state, read_lines, start, write_rows
 
 from metatuner_jax import data
 from metatuner_jax.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("compiled")
 PREFERENCE = ("preference.num_samples=2", "preference.temperature=2.0")
 
 
@@ -18,7 +19,7 @@ def results_of(folder):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "metatuner_j"])  # which test_run is about
-def test_every_method_runs_to_its_results(method, root, tmp_path):  # noqa: F811
+def test_every_method_runs_to_its_results(method, root, tmp_path):
     settings = ("rollout.search_prompts=2", "rollout.search_rounds=1", "train.alternate_every=1", *PREFERENCE)
     code, output = start(command(root, tmp_path / "run", f"method={method}", *settings))
     assert code == 0 and f"{method} on jsonl, seed 0: {METHODS[method].summary}" in output
@@ -54,7 +55,7 @@ WARM = ("warmup.actor_steps=2", "warmup.generator_steps=1", "train.num_steps=3",
 
 
 @pytest.fixture(scope="module")
-def warm(root, tmp_path_factory):  # noqa: F811
+def warm(root, tmp_path_factory):
     """A run with both warm-ups, without a break."""
     folder = tmp_path_factory.mktemp("warm") / "run"
     code, output = start(command(root, folder, *WARM))
@@ -80,7 +81,7 @@ def test_warm_ups_are_phases_of_the_run(warm):
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])
-def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root, tmp_path, monkeypatch):
     seen = []
 
     def cut_off(*args, batch_of=data.batch_of):
@@ -103,7 +104,7 @@ def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root
     jax.tree.map(np.testing.assert_array_equal, load_state(tmp_path / "run", 6), load_state(warm[0], 6))
 
 
-def test_a_run_may_report_its_validation_score_alone(root, tmp_path):  # noqa: F811
+def test_a_run_may_report_its_validation_score_alone(root, tmp_path):
     code, output = start(command(root, tmp_path / "run", "method=sft", "eval.report=validation"))
     results = results_of(tmp_path / "run")
     assert code == 0 and "jsonl, sft: 0.0% of 8 validation rows" in output
@@ -115,7 +116,7 @@ def test_a_run_may_report_its_validation_score_alone(root, tmp_path):  # noqa: F
     assert code == 0 and "finished: nothing to do" in again
 
 
-def test_rows_of_a_mixture_keep_their_own_prompts_and_are_scored_apart(root, tmp_path):  # noqa: F811
+def test_rows_of_a_mixture_keep_their_own_prompts_and_are_scored_apart(root, tmp_path):
     write_rows(tmp_path / "more.jsonl", [{"question": f"say {word}", "answer": word} for word in "abcdefghijklmnopqrstuvwxyz"])
     (tmp_path / "config.py").write_text(
         "from metatuner_jax import config\n\n\ndef get_config():\n    parts = {\n"

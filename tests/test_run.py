@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
 import pathlib
-import random
 import shutil
 import subprocess
 import sys
@@ -15,90 +13,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from conftest import WORDS, save_model
-from jax.experimental.compilation_cache import compilation_cache
+from runs import command, load_state, read_lines, start
 
 from experiments import choose_prompt, run
 from metatuner_jax import actor, data, evaluate, lora, passes, pretrained, rollout
 
+pytestmark = pytest.mark.usefixtures("compiled")
 REPOSITORY = pathlib.Path(__file__).parent.parent
-CONFIG = "from metatuner_jax import config\n\n\ndef get_config():\n    return config.to_tree(config.Config())\n"
-SPLITS = {"train": 24, "validation": 8, "test": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Runs of one config share what XLA compiled for the first of them."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory, tiny_model):
-    """A folder with rows, a config file and models, good ones and bad ones."""
-    folder = tmp_path_factory.mktemp("root")
-    rng = random.Random(0)
-    lists = rng.sample(list(itertools.permutations(WORDS[1:10], 3)), sum(SPLITS.values()))
-    for split, number in SPLITS.items():
-        rows = [{"question": f"reverse the list: {' '.join(words)}", "answer": " ".join(words[::-1])} for words in lists[:number]]
-        lists = lists[number:]
-        write_rows(folder / f"{split}.jsonl", rows)
-    (folder / "empty.jsonl").write_text("")
-    write_rows(folder / "no_field.jsonl", [rows[0], {"question": "reverse", "reply": "esrever"}])
-    write_rows(folder / "number.jsonl", [{"question": "six times seven", "answer": 42}])
-    (folder / "config.py").write_text(CONFIG)
-    (folder / "section.py").write_text(
-        CONFIG.replace("config.to_tree(config.Config())", "{**config.to_tree(config.Config()).to_dict(), 'train': 3}")
-    )
-    (folder / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
-    shutil.copytree(tiny_model, folder / "model")
-    for bad, missing in (("no_config", "config.json"), ("no_weights", "model.safetensors"), ("no_tokenizer", "tokenizer.json")):
-        shutil.copytree(tiny_model, folder / bad)
-        (folder / bad / missing).unlink()
-    shutil.copytree(tiny_model, folder / "cut_short")
-    weights = folder / "cut_short" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    shutil.copytree(tiny_model, folder / "wrong_shape")
-    settings = json.loads((folder / "wrong_shape" / "config.json").read_text())
-    (folder / "wrong_shape" / "config.json").write_text(json.dumps({**settings, "intermediate_size": 44}))
-    save_model(folder / "other_tokenizer", extra=("<|think|>",))
-    save_model(folder / "short_window", max_position_embeddings=40)
-    save_model(folder / "larger", seed=1, hidden_size=32, num_hidden_layers=2)
-    return folder
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def command(root, workdir, *settings):
-    """Returns the arguments of a small run; later settings win."""
-    small = (
-        "dtype=float32", "task.name=jsonl", f"task.train={root}/train.jsonl", f"task.validation={root}/validation.jsonl",
-        f"task.test={root}/test.jsonl", "task.num_validation=8", "task.initial_prompt=reverse the list",
-        f"generator.model={root}/model", "generator.max_prompt_tokens=8", f"actor.model={root}/model", "actor.max_answer_tokens=6",
-        "hyper.hidden=5", "train.num_steps=4", "train.batch_size=4", "train.checkpoint_every=2", "train.sync_every=3",
-        "rollout.every=2", "rollout.num_queries=4", "rollout.num_prompts=2", "eval.batch_size=8", "eval.num_mean=8",
-        "eval.num_bootstrap=100",
-    )  # fmt: skip
-    assignments = [f"--config.{setting}" for setting in (*small, *settings)]
-    return ["--config", str(root / "config.py"), "--workdir", str(workdir), *assignments]
-
-
-def start(arguments):
-    """Returns (exit code, what was printed) of a run in this process."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = run.main(arguments)
-    return code, output.getvalue()
 
 
 def start_process(arguments, **environment):
@@ -119,10 +41,6 @@ def assert_one_line(error, *texts):
     assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1, error
     for text in texts:
         assert text in error
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # --- bad input ---
@@ -472,10 +390,6 @@ def test_a_run_cut_off_and_resumed_equals_one_without_a_break(finished, root, tm
     state, expected = (load_state(f, 4) for f in (folder, finished.folder))
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-
-
-def load_state(folder, step):
-    return ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step) / "default")
 
 
 def test_a_full_generator_may_differ_from_the_actor(root, tmp_path):
