@@ -310,6 +310,7 @@ def train_and_evaluate(job, workdir):
     from metatuner_jax.progress import Progress
 
     began = time.perf_counter()
+    keep_compiled()
     progress = Progress()
     setup, config, task, tokens, rows = job.setup, job.setup.config, job.task, job.tokens, job.rows
     introduce(progress, job)
@@ -389,6 +390,17 @@ def train_and_evaluate(job, workdir):
     write_json(workdir / "results.json", results)
     progress.line("\n" + summary(results, predictions[:3] if full else []))
     progress.line(f"\nEverything is in {workdir}")
+
+
+def keep_compiled():
+    """Lets a later process take from disk what this one compiles, where the user has not said where such things go."""
+    import jax
+
+    from metatuner_jax import pretrained
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(pretrained.cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def score_before(passes, job, workdir):
@@ -491,7 +503,7 @@ def summary(results, predictions) -> str:
         "with the query's own adapter, the prompt",
         *(row(name, score) for name, score in results["prompt"].items()),
         (
-            f"prompts: {prompts['distinct']} distinct of {n}, {100 * prompts['share_initial']:.0f}% equal to the initial one, "
+            f"prompts {'written' if methods.METHODS[results['method']].prompt == 'written' else 'used'}: {prompts['distinct']} distinct of {n}, {100 * prompts['share_initial']:.0f}% equal to the initial one, "
             f"{prompts['mean_tokens']:.1f} tokens on average"
         ),
         *([f"the mean adapter keeps {100 * energy:.0f}% of the mean delta's energy at its rank"] if energy is not None else []),

@@ -94,8 +94,8 @@ MODELS = {
 SETTINGS = {
     "rank 0": (["hyper.rank=0"], "hyper.rank=0 must be at least 1"),
     "static rank 0": (["generator.rank=0"], "generator.rank=0 must be at least 1"),
-    "unknown task": (["task.name=jsonnl"], "task.name='jsonnl' is not one of gsm8k, jsonl", "did you mean 'jsonl'?"),
-    "unknown method": (["method=metatuner_i"], "method='metatuner_i' is not one of metatuner_j", "did you mean 'metatuner_j'?"),
+    "unknown task": (["task.name=jsonnl"], "task.name='jsonnl' is not one of ", "gsm8k, ", "did you mean 'jsonl'?"),
+    "unknown method": (["method=metatuner_k"], "method='metatuner_k' is not one of zero_shot, prompt_search, ", "did you mean 'metatuner_j'?"),
     "unknown key": (["train.num_step=3"], "config.train.num_step is unknown", "did you mean 'num_steps'?"),
     "unknown section": (["trian.num_steps=3"], "config.trian.num_steps is unknown", "did you mean 'train'?"),
     "unknown option": (["task.options.metrc=number"], "task.options.metrc='number' is unknown to jsonl", "did you mean 'metric'?"),
@@ -204,7 +204,7 @@ def finished(root, tmp_path_factory):
 @pytest.mark.smoke
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "checkpoints"}
+    assert names == {"config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "checkpoints", "before.jsonl"}
     assert [path.name for path in (finished.folder / "checkpoints").iterdir()] == ["4"]  # of equal scores the later is the best
     written = json.loads((finished.folder / "config.json").read_text())
     assert written["config"]["train"]["num_steps"] == 4 and written["config"]["task"]["num_train"] is None
