@@ -31,7 +31,7 @@ the others still run.
   --seeds 0,1,2         (default: 0,1,2)
   --workdir FOLDER      where everything goes (default: runs/compare-<name of the config file>)
   --rates R,S,T         first choose each method's learning rate: a short run for each of these values, on the first seed; the best
-                        on validation rows is taken, the lowest of equals. Without it: the config's own
+                        on validation rows is taken, of equals the one with the likelier answers. Without it: the config's own
   --search_steps N      the length of those short runs (default: 25)
   --sweep share         in place of methods, one method (default: metatuner_j) with a quarter, a half and three quarters of the
                         generator's layers shared; `--sweep rollouts`: with 2, 4 and 8 prompts a rollout

@@ -55,7 +55,7 @@ def main(argv=None) -> int:
         return 2
     try:
         train_and_evaluate(job, workdir)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     return 0
@@ -167,7 +167,7 @@ def check_workdir(config, workdir):
             raise Mistake(f"--workdir={workdir} holds another run: {'; '.join(differing[:4])}; give another --workdir")
         if (workdir / "results.json").exists():
             return saved
-    for name in ("checkpoints", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json"):
+    for name in ("checkpoints", "before.jsonl", "metrics.jsonl", "experts.jsonl", "pairs.jsonl", "predictions.jsonl", "results.json"):
         if saved is None and (workdir / name).exists():
             raise Mistake(f"--workdir={workdir} holds {name} and no config.json: it is not a run of ours; give another --workdir")
     if not os.access(existing, os.W_OK):
@@ -317,22 +317,26 @@ def train_and_evaluate(job, workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
         devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
-        content = {"config": dataclasses.asdict(job.given), "versions": versions(), "devices": devices, "data": data.digest(rows)}
+        given, resolved = (dataclasses.asdict(c) for c in (job.given, config))
+        content = {"config": given, "resolved": resolved, "versions": versions(), "devices": devices, "data": data.digest(rows)}
         write_json(workdir / "config.json", content)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
     frozen, params = load_networks(setup, tokens, keys["init"], job.mesh)
     state = sharding.place(train.init_state(setup, params), job.mesh)
+    shapes = checkpoint.shapes(state)
     del params
     learning = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     progress.line(f"parameters: {learning / 1e6:.1f} million learn, {_millions(frozen)} million are frozen")
 
     passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress)
+    del frozen  # the passes hold the weights, which a warm-up replaces
     full = config.eval.report == "test"
     before = score_before(passes, job, workdir) if full else None  # first of all: a warm-up changes the actor
 
     ids = [example.id for example in rows["train"].examples]
-    experts = rollout.Experts(workdir / "experts.jsonl", ids, rows["train"].initial, rows["train"].initial_mask)
+    keeps = setup.method.adapter is None and not config.warmup.actor_steps
+    experts = rollout.Experts(workdir / "experts.jsonl", ids, rows["train"].initial, rows["train"].initial_mask, keeps)
     pairs = preference.Pairs(workdir / "pairs.jsonl", ids, config.actor.max_answer_tokens)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
     metrics_path = workdir / "metrics.jsonl"
@@ -340,7 +344,7 @@ def train_and_evaluate(job, workdir):
         newest = checkpoints.latest()
         planned = train.phases(setup)
         if newest is not None:
-            state = checkpoints.restore(newest, train.rest(state, planned, newest))
+            state = checkpoints.restore(newest, train.rest(shapes, planned, newest))
             progress.line(f"resuming at step {newest} of {sum(phase.steps for phase in planned)}")
         experts.restore(newest or 0)
         pairs.restore(newest or 0)
@@ -352,24 +356,24 @@ def train_and_evaluate(job, workdir):
         def log(metrics):
             rollout.append_lines(metrics_path, [{**metrics, "wall_s": round(time.perf_counter() - began, 1)}])
 
-        trainer = train.Trainer(setup, frozen, keys, rows, experts, pairs, tokens, task.score, passes, checkpoints, log)
+        trainer = train.Trainer(passes, keys, rows, experts, pairs, tokens, task.score, checkpoints, log)
         state = trainer.fit(state)
         best = checkpoints.best()
         if best not in (None, trainer.total):
             progress.line(f"taking the checkpoint of step {best}, the best on validation rows")
             checkpoints.manager.wait_until_finished()
-            state = checkpoints.restore(best, train.rest(state, planned, best))
+            state = checkpoints.restore(best, train.rest(shapes, planned, best))
     finally:
         checkpoints.close()
     for_all = trainer.last_search(state, best)
 
     logged = rollout.read_lines(metrics_path)
     validation = next((m["validation"] for m in reversed(logged) if m.get("validation") is not None and m["step"] + 1 == best), None)
-    if validation is None or for_all != experts.for_all(best):
+    if validation is None or (for_all and for_all != experts.for_all(best)):
         validation = evaluate.validate(passes, state.params, rows["validation"], tokens, task.score, for_all)
     results = {
         "task": task.name, "method": config.method, "seed": config.seed, "metric": task.metric,
-        "validation": {"mean": validation, "n": len(rows["validation"])},
+        "validation": validation,
     }  # fmt: skip
     if full:
         scores, predictions = evaluate.evaluate(
@@ -382,7 +386,7 @@ def train_and_evaluate(job, workdir):
         "steps": config.train.num_steps if setup.method.learns else 0, "checkpoint": int(np.asarray(state.step)),
         "wall_s": round(time.perf_counter() - began, 1), "train_s": round(total("step_s"), 1), "rollout_s": round(total("rollout_s"), 1),
         "cost": {
-            "trained_parameters": learning, "actor_calls": int(total("rollout_attempts")), "tokens": int(total("tokens")),
+            "trained_parameters": learning, "actor_calls": int(total("rollout_attempts")), "tokens": int(total("tokens") + total("rollout_tokens")),
             "seconds": round(total("step_s") + total("rollout_s"), 1),
         },
         "dropped": task.dropped,
@@ -434,7 +438,11 @@ def load_networks(setup, tokens, key, mesh):
         return sharding.place(params, mesh)
 
     same = config.generator.model == config.actor.model
-    if config.generator.train == "full":
+    unused = setup.method.prompt == "initial" and not setup.method.learns_generator
+    if unused:
+        actor, frozen_generator = load(config.actor.model, config.dtype, cut=False), None
+        learning = generator.init(setup, {}, key, actor)
+    elif config.generator.train == "full":
         actor, frozen_generator = load(config.actor.model, config.dtype, cut=False), None
         learning = generator.init(setup, load(config.generator.model, "float32", cut=True), key, actor)
     else:

@@ -131,8 +131,9 @@ def read_search(folder) -> dict:
 
 
 def best_rate(rates: dict) -> str:
-    """Returns the rate with the highest validation mean, the lowest of equals. `rates`: {rate: results}."""
-    return max(rates, key=lambda rate: (rates[rate]["validation"]["mean"], -float(rate)))
+    """Returns the rate with the highest validation mean, of equals that with the likelier answers. `rates`: {rate: results}."""
+    rank = lambda found: (found["mean"], found["log_likelihood"])
+    return max(rates, key=lambda rate: (rank(rates[rate]["validation"]), -float(rate)))
 
 
 def scores_of(found) -> dict:

@@ -10,6 +10,11 @@ from orbax.checkpoint import checkpoint_managers
 from metatuner_jax import sharding
 
 
+def shapes(tree):
+    """Returns the shape, type and placement of every array, without the arrays."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
 class Checkpoints:
     """Checkpoints of a run folder, named by the number of updates done."""
 
@@ -43,7 +48,7 @@ class Checkpoints:
     def restore(self, step: int, like):
         """Returns the state of a checkpoint, placed as `like` is. Raises what `check` does."""
         self.check(step, like)
-        return self.manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
+        return self.manager.restore(step, args=ocp.args.StandardRestore(shapes(like)))
 
     def check(self, step: int, like) -> None:
         """Raises ValueError where a checkpoint's arrays are not shaped as those of `like`: it belongs to another architecture."""

@@ -79,7 +79,7 @@ class TrainConfig:
 
     num_steps: int = _field(100, "updates")
     batch_size: int = _field(16, "queries a step")
-    learning_rate: float = _field(2e-4, "of the hypernetwork")
+    learning_rate: float = _field(2e-4, "of the hypernetwork, or of what else adapts the actor")
     generator_rate: float = _field(1.0, "the generator's learning rate over the hypernetwork's")
     warmup_steps: int = _field(5, "steps over which the rate rises from zero")
     decay: str = _field("cosine", "of the rate after that: 'cosine' to a tenth, or 'constant'")
@@ -91,7 +91,7 @@ class TrainConfig:
     alternate_every: int = _field(10, "metatuner_i: steps of one term before the other's turn")
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
     remat: bool = _field(False, "recompute each layer's activations in the backward pass: less memory, more time")
-    diagnose_every: int = _field(0, "steps between measurements of each term's share of the gradient, a backward pass more; 0: never")
+    diagnose_every: int = _field(50, "steps between measurements of each term's share of the gradient, a backward pass more; 0: never")
     max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
 
 
@@ -99,7 +99,7 @@ class TrainConfig:
 class WarmupConfig:
     """Supervised fine-tuning before the joint phase."""
 
-    actor_steps: int = _field(0, "steps for the actor, on the initial prompt, the query and its answer; dpo: half of all steps")
+    actor_steps: int = _field(0, "steps for the actor, on the initial prompt, the query and its answer, of methods that learn; dpo has some in any case")
     actor_train: str = _field("lora", "'lora': a static LoRA learns and is merged into the weights; 'full': all weights learn")
     generator_steps: int = _field(0, "steps for the generator, on the first expert prompts")
     rank: int = _field(8, "rank of the actor's LoRA")
@@ -263,10 +263,16 @@ def check(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number of at least 0")
-    if config.method == "prompt_only" and not config.train.prompt_weight:
-        raise ValueError("train.prompt_weight=0 leaves method=prompt_only nothing to learn: set it above 0")
-    if config.method == "dpo" and config.train.num_steps < 2:
-        raise ValueError(f"train.num_steps={config.train.num_steps} must be at least 2 for method=dpo: half of them are fine-tuning")
+    if config.method == "dpo":
+        if config.train.num_steps < 2 and not config.warmup.actor_steps:
+            raise ValueError(f"train.num_steps={config.train.num_steps} must be at least 2 for method=dpo: half of them are fine-tuning")
+        if not config.rollout.every:
+            raise ValueError("rollout.every=0 must be at least 1 for method=dpo: its pairs are sampled every so many steps")
+        if config.rollout.budget is not None and config.rollout.budget < config.preference.num_samples:
+            raise ValueError(
+                f"rollout.budget={config.rollout.budget} must be at least preference.num_samples={config.preference.num_samples} "
+                "for method=dpo: it has no pairs without answers"
+            )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2**31")
     if config.generator.num_shared is not None and config.generator.num_shared < 1:

@@ -21,16 +21,19 @@ def derangement(count: int, seed: int) -> np.ndarray:
     return shifted
 
 
-def validate(passes, params, rows, tokens, score, for_all=None) -> float:
-    """Returns the mean strict score on a split with each query's own greedy prompt and own adapter.
+def validate(passes, params, rows, tokens, score, for_all=None) -> dict:
+    """Returns {mean, log_likelihood, n} on a split, with each query's own greedy prompt and own adapter.
+
+    The mean strict score, and the mean log-likelihood of the reference answers in nats per token, which tells apart what scores the same.
 
     Args:
       for_all: as in `Passes.prompts`.
     """
     index = np.arange(len(rows))
     h, *prompts = passes.prompts(params, rows, index, for_all)
-    answered = passes.answer(rows, index, *prompts, passes.adapter(params, h), what="validating")
-    return float(np.mean([score(text, e).strict for text, e in zip(texts_of(answered, tokens), rows.examples)]))
+    answered = passes.answer(rows, index, *prompts, passes.adapter(params, h), what="validating", weigh=True)
+    scores = [score(text, example).strict for text, example in zip(texts_of(answered, tokens), rows.examples)]
+    return {"mean": float(np.mean(scores)), "log_likelihood": float(np.mean(answered.likelihood)), "n": len(rows)}
 
 
 def texts_of(answered, tokens) -> list[str]:

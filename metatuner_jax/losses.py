@@ -52,7 +52,7 @@ TERMS = ("task", "prompt")
 def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TERMS):
     """Returns (task loss + prompt_weight * prompt loss, metrics): one step of the method, sampling included.
 
-    A method without written prompts gives the actor the expert prompts, which are then the initial ones or the task's best; it has
+    A term that stands alone has weight 1. A method without written prompts gives the actor the expert prompts, which are then the initial ones or the task's best; it has
     no prompt loss. One without an adapter has no task loss.
 
     Args:
@@ -75,7 +75,7 @@ def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TER
     templated = batch["generator"], batch["generator_mask"], batch["own"]
     if method.learns_generator:
         query = generator.read(setup, params, frozen, *templated)
-        tokens += jnp.sum(batch["generator_mask"])
+        tokens += jnp.sum(batch["generator_mask"]) * (2 if "encoder" in params else 1)
     if writes:
         weights, _ = generator.language_model(setup, params, frozen)
         prefill = generator.start(setup, params, frozen, query)
@@ -105,7 +105,7 @@ def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TER
         metrics |= delta_metrics(setup, frozen, loras)
         words = jnp.sum(prompts[1] & (prompts[0] != setup.end_id))
         tokens += rows.size * len(setup.prefix) + words + jnp.sum(batch["query_mask"]) + jnp.sum(batch["answer_mask"])
-    loss = losses.get("task", 0.0) + config.train.prompt_weight * losses.get("prompt", 0.0)
+    loss = losses["task"] + config.train.prompt_weight * losses["prompt"] if len(losses) == 2 else sum(losses.values())
     return loss, {**{f"{name}_loss": value for name, value in losses.items()}, **metrics, "tokens": tokens}
 
 

@@ -62,7 +62,10 @@ def resolve(config):
     if method.prompt != "written":
         warmup = dataclasses.replace(warmup, generator_steps=0)
     if method.preference and not warmup.actor_steps:
-        half = train.num_steps // 2
-        warmup = dataclasses.replace(warmup, actor_steps=half)
+        half, hyper = train.num_steps // 2, config.hyper
+        warmup = dataclasses.replace(  # the fine-tuning that `sft` is
+            warmup, actor_steps=half, actor_train="lora", learning_rate=train.learning_rate, rank=hyper.rank, scale=hyper.scale,
+            targets=hyper.targets,
+        )  # fmt: skip
         train = dataclasses.replace(train, num_steps=train.num_steps - half)
     return dataclasses.replace(config, train=train, generator=generator, warmup=warmup)

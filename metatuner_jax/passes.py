@@ -36,6 +36,7 @@ class Passes:
     def __init__(self, setup, frozen, mesh, batch_size: int, progress):
         self.setup, self.frozen, self.mesh, self.batch_size, self.progress = setup, frozen, mesh, batch_size, progress
 
+        self.tokens = 0  # real ones, read and written so far, each counted once in each model
         self._encode = jax.jit(functools.partial(_encode, setup))
         self._write = jax.jit(functools.partial(_write, setup), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
@@ -44,6 +45,7 @@ class Passes:
 
     def encode(self, params, rows, index) -> np.ndarray:
         """Returns the queries' states at layer k, float32 [n, d]."""
+        self.tokens += int(rows.generator_mask[index].sum())
         run = lambda at, *batch: self._encode(params, self.frozen, *batch)
         return self._batched("reading queries", len(index), self._queries(rows, index), run)
 
@@ -61,6 +63,7 @@ class Passes:
             return h, *(leaf.reshape(len(at), copies, -1) for leaf in (sampled.tokens, sampled.mask))
 
         h, tokens, mask = self._batched("writing prompts", len(index), self._queries(rows, index), run, size)
+        self.tokens += int(rows.generator_mask[index].sum()) * (2 if "encoder" in params else 1) + int(mask.sum())
         return Written(h, *(leaf.reshape(len(index) * copies, -1) for leaf in (tokens, mask)))
 
     def prompts(self, params, rows, index, for_all=None) -> Written:
@@ -125,7 +128,10 @@ class Passes:
             reference = (rows.answer[row], rows.answer_mask[row]) if weigh else ()
             return prompt[at], prompt_mask[at], rows.query[row], rows.query_mask[row], *reference
 
-        return self._batched(what, len(index), part, run)
+        answered = self._batched(what, len(index), part, run)
+        words = int((prompt_mask & (prompt != self.setup.end_id)).sum())
+        self.tokens += len(index) * len(self.setup.prefix) + words + int(rows.query_mask[index].sum()) + int(answered.mask.sum())
+        return answered
 
     def _batched(self, what, count, part, run, batch_size=None):
         """Returns run(places, *part(places)) over all places, in batches of one size, the last filled up with its last row."""

@@ -8,9 +8,9 @@ from metatuner_jax import data, rollout
 
 
 class Pairs:
-    """The pairs found so far, and their file: `step, id, chosen, rejected, calls, chosen_tokens, rejected_tokens`.
+    """The pairs found so far, and their file: `step, id, samples, chosen, rejected, chosen_tokens, rejected_tokens`.
 
-    A line of a query that gave no pair has null in the place of both; `calls` are the answers that were sampled for it.
+    `samples` are all answers to the query, each with its score; one that gave no pair has null in the place of both.
     """
 
     def __init__(self, path, ids, length: int):
@@ -34,7 +34,7 @@ class Pairs:
         self._take(lines)
 
     def _take(self, lines):
-        self.calls += sum(line["calls"] for line in lines)
+        self.calls += sum(len(line["samples"]) for line in lines)
         self.found += [line for line in lines if line["chosen"] is not None]
 
     def batch_at(self, done: int, rows, experts, batch_size: int, seed: int) -> dict[str, np.ndarray]:
@@ -45,8 +45,8 @@ class Pairs:
         """
         if not self.found:
             raise RuntimeError(
-                "there is no pair of a right and a wrong answer to learn from: raise rollout.num_queries, preference.num_samples or "
-                "preference.temperature"
+                "there is no pair of a right and a wrong answer to learn from: all sampled answers were right; raise "
+                "rollout.num_queries, preference.num_samples or preference.temperature"
             )
         chosen = [self.found[i] for i in data.order_at(done, len(self.found), batch_size, seed)]
         batch = data.batch_of(np.array([self.places[line["id"]] for line in chosen]), rows, experts)
@@ -87,7 +87,8 @@ def refresh(passes, params, key, rows, experts, pairs: Pairs, tokens, score, ste
         reference = (1.0, example.answer, [int(t) for t in rows.answer[row][rows.answer_mask[row]]])
         right = next((one for one in sampled if one[0] == 1), reference)
         wrong = next((one for one in sampled if one[0] < 1), None)
-        line = {"step": step, "id": example.id, "chosen": None, "rejected": None, "calls": n}
+        samples = [{"answer": text, "score": worth} for worth, text, _ in sampled]
+        line = {"step": step, "id": example.id, "samples": samples, "chosen": None, "rejected": None}
         if wrong is not None:
             line |= {"chosen": right[1], "rejected": wrong[1], "chosen_tokens": right[2], "rejected_tokens": wrong[2]}
         found.append(line)

@@ -18,8 +18,13 @@ class Experts:
     is the outcome of a search: its prompt is that of all rows, its score a mean.
     """
 
-    def __init__(self, path, ids, initial, initial_mask):
-        """Starts from each row's initial prompt, int32 and bool [rows, p], its end token included."""
+    def __init__(self, path, ids, initial, initial_mask, keeps: bool = False):
+        """Starts from each row's initial prompt, int32 and bool [rows, p], its end token included.
+
+        Args:
+          keeps: whether answers that were once decoded still stand later: for an actor that does not change.
+        """
+        self.keeps = keeps
         self.path = pathlib.Path(path)
         self.places = {row_id: i for i, row_id in enumerate(ids)}
         self.initial, self.initial_mask = np.array(initial), np.array(initial_mask)
@@ -29,7 +34,7 @@ class Experts:
         self.tokens, self.mask = self.initial.copy(), self.initial_mask.copy()
         self.scores = np.full(len(self.places), np.nan)  # of the best prompts, as of their refresh
         self.found = []  # (step, ids) of the prompts for all rows
-        self.known = {}  # (row id, prompt's ids) -> the newest attempt
+        self.known = {}  # (row id, prompt's ids) -> the attempt that still stands
         self.calls = 0  # answers decoded so far
 
     def tokens_of(self, index) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +77,8 @@ class Experts:
                 self.scores[:] = attempt["score"]
                 continue
             self.calls += not attempt.get("known")
-            self.known[attempt["id"], tuple(ids)] = attempt
+            if self.keeps:
+                self.known[attempt["id"], tuple(ids)] = attempt
             if attempt["best"]:
                 place = self.places[attempt["id"]]
                 (self.tokens[place],), (self.mask[place],) = data.pad([ids], self.tokens.shape[1], "right")
@@ -143,17 +149,16 @@ def candidates_of(incumbent, sampled, sampled_mask, end_id: int) -> list[tuple[i
     return list(seen)
 
 
-def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, known=None) -> list[dict]:
+def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, known: dict) -> list[dict]:
     """Returns what the actor's greedy answers are worth, one attempt for each place in `index`, as they stand in the store.
 
     Args:
       index: rows of the split, one for each prompt.
       prompts: ids with the end token, one for each row in `index`.
       adapter: from places in `index` to LoRA, or None.
-      known: attempts whose answers still stand, by (row id, ids); these are not made again. For an actor that does not change.
+      known: attempts whose answers still stand (see `Experts.known`); these are not made again.
     """
     ids_of = lambda i: rows.examples[index[i]].id
-    known = known or {}
     new = np.array([i for i in range(len(index)) if (ids_of(i), prompts[i]) not in known], np.int64)
     answers = {}
     if len(new):
@@ -208,10 +213,9 @@ def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: in
 
     owner = np.array([place for place, _ in candidates])
     adapter = passes.adapter(params, h)
-    known = experts.known if adapter is None else None
     attempts = attempt(
         passes, rows, chosen[owner], [words for _, words in candidates], adapter and (lambda at: adapter(owner[at])), tokens, score,
-        step, known,
+        step, experts.known,
     )  # fmt: skip
     changed = 0
     for place in range(len(chosen)):
@@ -227,7 +231,10 @@ def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: in
             raise RuntimeError(f"the expert set does not hold the winning prompt of query {winner['id']!r}: it is not in use")
     mean = float(np.mean([attempt["score"] for attempt in winners]))
     calls = sum(not attempt.get("known") for attempt in attempts)
+    start, start_mask = (np.repeat(leaf[chosen], n, axis=0) for leaf in (rows.initial, rows.initial_mask))
+    same = np.all(np.where(prompt_mask, prompt, -1) == np.where(start_mask, start, -1), axis=1)
     return {
         "what": f"rollouts for {len(chosen)} queries, {calls} attempts: {changed} new experts, mean score {mean:.2f}",
         "rollout_queries": len(chosen), "rollout_attempts": calls, "rollout_changed": int(changed), "rollout_score": mean,
+        "rollout_initial_share": float(same.mean()),
     }  # fmt: skip

@@ -145,11 +145,7 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, frozen, batch, key):
-        key, done = jax.random.fold_in(key, state.step), state.step - phase.first
-        copy = state.prompt_copy
-        if copy:
-            synced = done % config.sync_every == 0
-            copy = jax.tree.map(lambda old, live: jnp.where(synced, live, old), copy, state.params["prompt"])
+        key, done, copy = begin(config, phase, state, key)
         learning = {part: state.params[part] for part in parts}
 
         def loss_of(learning):
@@ -174,22 +170,33 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
     return train_step
 
 
-def make_gradient_share(setup):
-    """Returns share(state, frozen, batch, key, step) -> the task term's part of the two terms' gradients in the shared layers, 0 to 1.
+def begin(config: config_lib.TrainConfig, phase: Phase, state: TrainState, key):
+    """Returns what a step starts from: (its key, the steps of the phase done, the copy of the prompt decoder as of now)."""
+    done, copy = state.step - phase.first, state.prompt_copy
+    if copy:
+        synced = done % config.sync_every == 0
+        copy = jax.tree.map(lambda old, live: jnp.where(synced, live, old), copy, state.params["prompt"])
+    return jax.random.fold_in(key, state.step), done, copy
 
-    Norm over the sum of the two norms, the prompt term's with its weight. A forward and backward pass of each term.
+
+def make_gradient_share(setup, phase: Phase):
+    """Returns share(state, frozen, batch, key) -> the task term's part of the gradient in the shared layers, 0 to 1, in the coming step.
+
+    Its norm over the sum of both terms' norms, the prompt term's with its weight. A forward and backward pass of each term.
     """
+    config = setup.config.train
 
     @jax.jit
-    def share(state, frozen, batch, key, step):
+    def share(state, frozen, batch, key):
+        key, done, copy = begin(config, phase, state, key)
+
         def norm(term):
             def loss_of(shared):
-                params = {**state.params, "shared": shared}
-                return losses.joint_loss(setup, params, state.prompt_copy, frozen, batch, key, step, terms=(term,))[0]
+                return losses.joint_loss(setup, {**state.params, "shared": shared}, copy, frozen, batch, key, done, terms=(term,))[0]
 
             return optax.tree.norm(jax.grad(loss_of)(state.params["shared"]))
 
-        task, prompt = norm("task"), norm("prompt")
+        task, prompt = norm("task"), config.prompt_weight * norm("prompt")
         return task / jnp.maximum(task + prompt, 1e-30)
 
     return share
@@ -222,20 +229,22 @@ class Trainer:
     `fit` is the loop; what it needs between two steps (rollouts, pairs, validation) are functions of other modules.
     """
 
-    def __init__(self, setup, frozen, keys, rows, experts, pairs, tokens, score, passes, checkpoints, log):
+    def __init__(self, passes, keys, rows, experts, pairs, tokens, score, checkpoints, log):
         """Takes the run's parts.
 
         Args:
+          passes: `passes.Passes`, with the setup and the frozen weights.
           keys: {"step", "rollout"}: the run's keys.
           rows: {"train", "validation"}: `data.Rows`.
           pairs: `preference.Pairs`, used by dpo alone.
           log: log(metrics), for each step.
         """
-        self.setup, self.frozen, self.keys, self.rows, self.experts, self.pairs = setup, frozen, keys, rows, experts, pairs
-        self.tokens, self.score, self.passes, self.checkpoints, self.log = tokens, score, passes, checkpoints, log
-        self.config, self.phases = setup.config, phases(setup)
+        self.passes, self.setup, self.keys, self.rows, self.experts, self.pairs = passes, passes.setup, keys, rows, experts, pairs
+        self.tokens, self.score, self.checkpoints, self.log = tokens, score, checkpoints, log
+        self.config, self.phases = self.setup.config, phases(self.setup)
         self.total = sum(phase.steps for phase in self.phases)
         self.warm = False  # whether the warmed-up actor is in place
+        self.searched = None  # the prompt for all rows that the newest search of this process settled on
 
     def fit(self, state: TrainState) -> TrainState:
         """Trains from `state.step` to the last step: rollouts, steps, validation and checkpoints. Returns the last state.
@@ -249,7 +258,7 @@ class Trainer:
             for step in range(first, self.total):
                 phase = phase_at(self.phases, step)
                 if len(self.phases) > 1 and step in (first, phase.first):
-                    progress.line(f"  step {step}: {'the joint phase' if phase.name == 'joint' else f'warm-up of the {phase.name}'}")
+                    progress.line(f"  step {step}: {'training' if phase.name == 'joint' else f'warm-up of the {phase.name}'}")
                     state = rest(state, self.phases, step)
                 self.enter(step, state)
                 extra = {"phase": phase.name}
@@ -261,10 +270,10 @@ class Trainer:
                     compiled[phase.name, turn] = make_train_step(phase.turns[turn][0], config.train, phase, phase.turns[turn][1])
                 batch = sharding.place_rows(self.batch_at(phase, step), self.passes.mesh)
                 if phase.name == "joint" and self.diagnoses(step - phase.first):
-                    share = share or make_gradient_share(self.setup)
-                    extra["task_gradient_share"] = float(share(state, self.frozen, batch, self.keys["step"], step - phase.first))
+                    share = share or make_gradient_share(self.setup, phase)
+                    extra["task_gradient_share"] = float(share(state, self.passes.frozen, batch, self.keys["step"]))
                     start = time.perf_counter()
-                state, metrics = compiled[phase.name, turn](state, self.frozen, batch, self.keys["step"])
+                state, metrics = compiled[phase.name, turn](state, self.passes.frozen, batch, self.keys["step"])
                 metrics = {name: np.asarray(value).item() for name, value in metrics.items()}  # waits for the device
                 step_s = time.perf_counter() - start
                 metrics |= {"tokens_per_s": metrics["tokens"] / step_s, "step_s": step_s, **self.experts.summary(), **extra}
@@ -281,17 +290,17 @@ class Trainer:
                     )
                 if saves:
                     if phase.name == "joint":
-                        percent = f"{100 * metrics['validation']:.1f}% of {len(self.rows['validation'])}"
+                        percent = f"{100 * metrics['validation']['mean']:.1f}% of {len(self.rows['validation'])}"
                         progress.line(f"  step {step + 1}: validation {percent}, checkpoint")
                     # A warm-up's checkpoints are there to resume from: none is better than any of the joint phase.
-                    self.checkpoints.save(step + 1, rest(state, self.phases, step + 1), metrics.get("validation", -1.0))
+                    self.checkpoints.save(step + 1, rest(state, self.phases, step + 1), metrics.get("validation", {"mean": -1.0})["mean"])
         self.enter(self.total, state)
         return state
 
     def enter(self, step: int, state: TrainState) -> None:
         """Puts the warmed-up actor in its place where the actor's warm-up is over, at `step` or before."""
         if "actor" in state.params and not self.warm and step >= self.config.warmup.actor_steps:
-            self.frozen = self.passes.frozen = warmed_up(self.setup, self.frozen, state.params)
+            self.passes.frozen = warmed_up(self.setup, self.passes.frozen, state.params)
             self.warm = True
 
     def diagnoses(self, done: int) -> bool:
@@ -299,8 +308,8 @@ class Trainer:
         both = self.setup.method.prompt == "written" and self.setup.method.adapter is not None and self.setup.method.shared
         return both and bool(self.config.train.diagnose_every) and done % self.config.train.diagnose_every == 0
 
-    def validate(self, state: TrainState) -> float:
-        """Returns the mean strict score on validation rows."""
+    def validate(self, state: TrainState) -> dict:
+        """Returns what `evaluate.validate` finds on the validation rows."""
         return evaluate.validate(self.passes, state.params, self.rows["validation"], self.tokens, self.score, self.experts.for_all())
 
     def last_search(self, state: TrainState, best: int | None) -> list[int] | None:
@@ -313,22 +322,30 @@ class Trainer:
         """
         if self.setup.method.prompt != "searched":
             return None
-        self.experts.restore(best or 0)  # later searches were under another adapter
-        self.log({"step": self.total, "phase": "search", **self.refresh(state, self.total)})
-        return self.experts.for_all()
+        self.log({"step": self.total, "phase": "search", **self.refresh(state, self.total, best)})
+        return self.searched
 
     def batch_at(self, phase: Phase, step: int) -> dict[str, np.ndarray]:
         """Returns the batch of a step: of the rows, or for preferences of the pairs found so far."""
         config, done = self.config, step - phase.first
         if phase.name == "joint" and self.setup.method.preference:
             return self.pairs.batch_at(done, self.rows["train"], self.experts, config.train.batch_size, config.seed)
+        tried = np.flatnonzero(~np.isnan(self.experts.scores))
+        if phase.name == "generator" and len(tried):  # the others' experts are the initial prompt, which is not what a warm-up is for
+            order = data.order_at(done, len(tried), config.train.batch_size, config.seed)
+            return data.batch_of(tried[order], self.rows["train"], self.experts)
         batch = data.batch_at(done, self.rows["train"], self.experts, config.train.batch_size, config.seed)
         if config.train.prompt_weight and phase.name != "actor" and not batch["expert_mask"].any(axis=1).all():
             raise RuntimeError(f"step {step}: the expert set is not in use: a query of the batch has no expert prompt")
         return batch
 
-    def refresh(self, state: TrainState, step: int) -> dict:
-        """Does what comes before a step now and then: rollouts, a search or pairs of answers. Returns its metrics."""
+    def refresh(self, state: TrainState, step: int, best: int | None = None) -> dict:
+        """Does what comes before a step now and then: rollouts, a search or pairs of answers. Returns its metrics.
+
+        Args:
+          best: a search starts from the best prompt as of this step; None: of all.
+        """
+        tokens = self.passes.tokens
         start, phase = time.perf_counter(), phase_at(self.phases, step) if self.phases else None
         key = jax.random.fold_in(self.keys["rollout"], step)
         done, rows = step - phase.first if phase else 0, self.rows["train"]
@@ -336,9 +353,11 @@ class Trainer:
         if self.setup.method.preference:
             found = preference.refresh(*common, self.pairs, self.tokens, self.score, step, done, phase.steps)
         elif self.setup.method.prompt == "searched":
-            found = search.search(*common, self.tokens, self.score, step, done)
+            found = search.search(*common, self.tokens, self.score, step, done, self.experts.for_all(best))
         else:
             found = rollout.refresh(*common, self.tokens, self.score, step, done, phase.steps)
+        self.searched = found.pop("prompt", None)
+        found["rollout_tokens"] = self.passes.tokens - tokens
         found["rollout_s"] = round(time.perf_counter() - start, 3)
         self.passes.progress.line(f"  step {step}: {found.pop('what')}, {found['rollout_s']:.0f} s{self.budget_left(step, found)}")
         return found
@@ -347,11 +366,11 @@ class Trainer:
         """Returns how many answers for training are decoded, of how many, and how long the rest will take."""
         config, calls = self.config, self.experts.calls + self.pairs.calls
         left = sum(
-            calls_of(self.setup) for phase in self.phases if phase.rollouts
+            self.calls_of_refresh() for phase in self.phases if phase.rollouts
             for at in range(phase.first, phase.first + phase.steps, config.rollout.every) if at > step
         )  # fmt: skip
         if self.setup.method.prompt == "searched" and step < self.total:
-            left += calls_of(self.setup)  # the last one, after training
+            left += self.calls_of_refresh()  # the last one, after training
         total = min(calls + left, max(config.rollout.budget or calls + left, calls))
         text = f"; {calls} of at most {total} actor calls"
         if total > calls and found["rollout_attempts"]:
@@ -360,14 +379,14 @@ class Trainer:
         return text
 
 
-def calls_of(setup) -> int:
-    """Returns how many answers one refresh decodes at most."""
-    config = setup.config
-    if setup.method.preference:
-        return config.rollout.num_queries * config.preference.num_samples
-    if setup.method.prompt == "searched":
-        return config.rollout.search_rounds * (config.rollout.search_prompts + 1) * config.rollout.num_queries
-    return config.rollout.num_queries * (config.rollout.num_prompts + 1)
+    def calls_of_refresh(self) -> int:
+        """Returns how many answers one refresh decodes at most."""
+        config, queries = self.config.rollout, min(self.config.rollout.num_queries, len(self.rows["train"]))
+        if self.setup.method.preference:
+            return queries * self.config.preference.num_samples
+        if self.setup.method.prompt == "searched":
+            return queries * (1 + config.search_rounds * config.search_prompts)
+        return queries * (config.num_prompts + 1)
 
 
 def _rounded(metrics):

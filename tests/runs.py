@@ -19,7 +19,7 @@ def command(root, workdir, *settings):
         "dtype=float32", "task.name=jsonl", f"task.train={root}/train.jsonl", f"task.validation={root}/validation.jsonl",
         f"task.test={root}/test.jsonl", "task.num_validation=8", "task.initial_prompt=reverse the list",
         f"generator.model={root}/model", "generator.max_prompt_tokens=8", f"actor.model={root}/model", "actor.max_answer_tokens=6",
-        "hyper.hidden=5", "train.num_steps=4", "train.batch_size=4", "train.checkpoint_every=2", "train.sync_every=3",
+        "hyper.hidden=5", "train.num_steps=4", "train.batch_size=4", "train.checkpoint_every=2", "train.sync_every=3", "train.diagnose_every=0",
         "rollout.every=2", "rollout.num_queries=4", "rollout.num_prompts=2", "eval.batch_size=8", "eval.num_mean=8",
         "eval.num_bootstrap=100",
     )  # fmt: skip

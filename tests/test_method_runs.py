@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from runs import command, load_state, read_lines, start, write_rows
 
-from metatuner_jax import data
+from metatuner_jax import data, evaluate
 from metatuner_jax.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -30,7 +30,7 @@ def test_every_method_runs_to_its_results(method, root, tmp_path):
     assert results["steps"] == (0 if not m.learns else 2 if method == "dpo" else 4)
     assert results["method"] == method and len(results["scores"]) == 8 and results["validation"]["n"] == 8
     cost = results["cost"]
-    assert (cost["trained_parameters"] > 0) == (cost["tokens"] > 0) == m.learns
+    assert (cost["trained_parameters"] > 0) == m.learns and (cost["tokens"] > 0) == (method != "zero_shot")
     assert cost["actor_calls"] == sum(line.get("rollout_attempts", 0) for line in metrics)
     assert (cost["actor_calls"] > 0) == (m.prompt != "initial" or m.preference)
     if m.adapter == "static":
@@ -65,7 +65,7 @@ def warm(root, tmp_path_factory):
 
 def test_warm_ups_are_phases_of_the_run(warm):
     folder, output = warm
-    for text in ("step 0: warm-up of the actor", "step 2: warm-up of the generator", "step 3: the joint phase"):
+    for text in ("step 0: warm-up of the actor", "step 2: warm-up of the generator", "step 3: training"):
         assert text in output
     assert " of at most 48 actor calls" in output  # four refreshes of four queries with two new prompts
     metrics = read_lines(folder / "metrics.jsonl")
@@ -102,6 +102,25 @@ def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root
     for name in ("experts.jsonl", "predictions.jsonl", "before.jsonl"):
         assert (tmp_path / "run" / name).read_text() == (warm[0] / name).read_text()
     jax.tree.map(np.testing.assert_array_equal, load_state(tmp_path / "run", 6), load_state(warm[0], 6))
+
+
+@pytest.mark.parametrize("method", ["sft", "better_together"])
+def test_a_run_cut_off_in_its_evaluation_goes_on_from_the_best_checkpoint(method, root, tmp_path, monkeypatch):
+    scores = iter({"mean": mean, "log_likelihood": -1.0, "n": 8} for mean in (1.0, 0.0))
+    arguments = command(root, tmp_path / "run", f"method={method}", "rollout.search_prompts=2", "rollout.search_rounds=1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "validate", lambda *_: next(scores))
+
+        def cut_off(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(evaluate, "evaluate", cut_off)
+        start(arguments)
+    lines = len(read_lines(tmp_path / "run" / "metrics.jsonl"))
+    code, output = start(arguments)
+    assert code == 0 and "resuming at step 4 of 4" in output and "taking the checkpoint of step 2" in output
+    assert results_of(tmp_path / "run")["checkpoint"] == 2
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == lines
 
 
 def test_a_run_may_report_its_validation_score_alone(root, tmp_path):

@@ -326,7 +326,7 @@ def test_a_run_whose_rows_have_changed_is_refused_and_left_alone(finished, root,
 
 
 def test_the_best_checkpoint_is_the_one_that_is_evaluated(finished, root, tmp_path, monkeypatch):
-    scores = iter((1.0, 0.0))
+    scores = iter({"mean": mean, "log_likelihood": -1.0, "n": 8} for mean in (1.0, 0.0))
     monkeypatch.setattr(evaluate, "validate", lambda *_: next(scores))
     code, output = start(command(root, tmp_path / "run"))
     assert code == 0 and "taking the checkpoint of step 2, the best on validation rows" in output

@@ -43,6 +43,7 @@ def get_config():
                 "prompt_weight": 0.3,
                 "prompt_gradient": "straight_through",
                 "checkpoint_every": 42,
+                "diagnose_every": 0,  # for time
             },
             rollout={"every": 42, "num_queries": 32, "num_prompts": 4},
             eval={"batch_size": 40, "num_mean": 256},
