@@ -106,7 +106,7 @@ def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root
 
 @pytest.mark.parametrize("method", ["sft", "better_together"])
 def test_a_run_cut_off_in_its_evaluation_goes_on_from_the_best_checkpoint(method, root, tmp_path, monkeypatch):
-    scores = iter({"mean": mean, "log_likelihood": -1.0, "n": 8} for mean in (1.0, 0.0))
+    scores = iter({"mean": mean, "log_likelihood": -1.0, "n": 8} for mean in (1.0, 0.0, 1.0))
     arguments = command(root, tmp_path / "run", f"method={method}", "rollout.search_prompts=2", "rollout.search_rounds=1")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluate, "validate", lambda *_: next(scores))
