@@ -90,7 +90,11 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         return scores
 
     own = (prompt, prompt_mask)
-    texts, after = run("after", adapter, own)
+    as_before = not method.learns and np.array_equal(np.where(prompt_mask, prompt, -1), np.where(rows.initial_mask, rows.initial, -1))
+    texts = [line["answer"] for line in before]
+    after = [score(text, example) for text, example in zip(texts, rows.examples)]
+    if not as_before:
+        texts, after = run("after", adapter, own)
     adapters = dict.fromkeys(("own", "shuffled", "mean", "none"), after)
     energy = None
     if method.adapter == "generated":
