@@ -185,6 +185,10 @@ def test_reasoning_gym_takes_names_with_commas_between():
         ("#### 1,200", "1200", 1, 1),
         ("#### -5", "-5", 1, 1),
         ("#### 72\nand then 3 more", "72", 1, 1),
+        # what SmolLM2-135M wrote: right, wrong in the right form, and running in a circle up to the length limit
+        ("If Peter has 42 dollars for the week, he can go to the movies 42/12 = 3 times.\n#### 3", "3", 1, 1),
+        ("He needs to pay 16 * 5 = $72.\n#### 72", "64", 0, 0),
+        ("The robe takes 512 * 2 = 1024 bolts of blue fiber.\nThe robe takes 1024 * 2 = 2248 bolts", "3", 0, 0),
         ("The answer is 72.", "72", 0, 1),
         ("So she pays $1,200.00", "1200", 0, 1),
         ("#### $12", "12", 0, 1),
