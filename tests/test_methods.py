@@ -85,8 +85,14 @@ def test_a_static_lora_is_the_same_for_all_rows_and_starts_at_zero(networks, bat
 def test_an_encoder_of_its_own_takes_the_task_gradient_in_the_place_of_the_shared_layers(networks, batch):
     setup = make_setup("unshared", train={"prompt_gradient": "none"})
     frozen, params = networks(setup)
-    grad = jax.jit(jax.grad(lambda p, term: losses.joint_loss(setup, p, params["prompt"], frozen, batch, jax.random.key(0))[1][term]), static_argnums=1)
-    task, prompt = grad(params, "task_loss"), grad(params, "prompt_loss")
+
+    @jax.jit
+    def gradients(params):
+        both = lambda p: [losses.joint_loss(setup, p, params["prompt"], frozen, batch, jax.random.key(0))[1][f"{t}_loss"] for t in losses.TERMS]
+        _, back = jax.vjp(both, params)
+        return [back([a, b])[0] for a, b in ((1.0, 0.0), (0.0, 1.0))]
+
+    task, prompt = gradients(params)
     norm = lambda tree: sum(float(jnp.sum(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
     assert norm(task["encoder"]) > 0 and norm(task["shared"]) == norm(task["prompt"]) == 0
     assert norm(prompt["shared"]) > 0 and norm(prompt["encoder"]) == norm(prompt["hyper"]) == 0
@@ -125,7 +131,7 @@ def test_the_preference_loss_is_the_papers_formula(networks, batch):
     chosen, rejected = (batch["answer"], batch["answer_mask"]), (batch["answer"][:, ::-1], batch["answer_mask"][:, ::-1])
     rejected = jnp.array([[4, END, 0, 0], [9, 8, 7, END], [3, END, 0, 0]]), jnp.array([[1, 1, 0, 0], [1] * 4, [1, 1, 0, 0]], bool)
     pair = {"chosen": chosen[0], "chosen_mask": chosen[1], "rejected": rejected[0], "rejected_mask": rejected[1]}
-    loss, metrics = losses.preference_loss(setup, params, {}, frozen, {**batch, **pair}, None, 0)
+    loss, metrics = jax.jit(functools.partial(losses.preference_loss, setup))(params, {}, frozen, {**batch, **pair}, None, 0)
     loras = generator.static(params["hyper"], 1.0)
 
     def total(row, answer, used):
@@ -237,11 +243,14 @@ def test_the_gradient_share_is_that_of_the_shared_layers(networks, batch):
     found = float(train.make_gradient_share(setup, train.phases(setup)[-1])(state, frozen, batch, key))
     key = jax.random.fold_in(key, 0)  # the step's own
 
-    def norm(term):
-        grad = jax.grad(lambda p: losses.joint_loss(setup, p, params["prompt"], frozen, batch, key)[1][term])(params)["shared"]
-        return np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(grad)))
+    @jax.jit
+    def gradients(params):
+        both = lambda p: [losses.joint_loss(setup, p, params["prompt"], frozen, batch, key)[1][f"{term}_loss"] for term in losses.TERMS]
+        _, back = jax.vjp(both, params)
+        return [back([a, b])[0]["shared"] for a, b in ((1.0, 0.0), (0.0, 1.0))]
 
-    task, prompt = norm("task_loss"), 0.3 * norm("prompt_loss")
+    task, prompt = (np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(grad))) for grad in gradients(params))
+    prompt *= 0.3
     assert found == pytest.approx(task / (task + prompt), rel=1e-3) and 0.01 < found < 0.99
 
 
