@@ -374,5 +374,6 @@ def draw(summary, path) -> None:
     if len(set(kinds)) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     task = _join(summary["task"])
-    figure.suptitle(f"{task}; seeds: {_join(summary['grid']['seeds'])}", fontsize=11)
+    seeds = sorted({seed for v in values for seed in v["seeds"]})
+    figure.suptitle(f"{task}; seed{'s' * (len(seeds) > 1)} {_join(seeds)}", fontsize=11)
     figure.savefig(path, dpi=110, metadata={"Software": None})
