@@ -273,6 +273,11 @@ def encode(setup: Setup, params: dict, frozen: Frozen, tokens, mask, own) -> Flo
     return read(setup, params.get("encoder", params), frozen, tokens, mask, own).h
 
 
+def state(setup: Setup, params: dict, frozen: Frozen, query: Query, tokens, mask, own) -> Float[Array, "b d"]:
+    """Returns what `encode` does, where the shared layers have read the queries already."""
+    return encode(setup, params, frozen, tokens, mask, own) if "encoder" in params else query.h
+
+
 def adapt(setup: Setup, hyper: dict, h: Float[Array, "b d"]) -> dict[str, Lora]:
     """Returns the LoRA that the hypernetwork writes for each row, float32."""
     return hypernetwork(setup).apply({"params": hyper}, h)

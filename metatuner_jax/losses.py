@@ -113,8 +113,7 @@ def adapter(setup, params, frozen, query, templated):
     """Returns the LoRA of a batch: each row's own, or the static one of all rows."""
     if setup.method.adapter == "static":
         return generator.static(params["hyper"], setup.config.hyper.scale)
-    h = generator.encode(setup, params, frozen, *templated) if "encoder" in params else query.h
-    return generator.adapt(setup, params["hyper"], h)
+    return generator.adapt(setup, params["hyper"], generator.state(setup, params, frozen, query, *templated))
 
 
 def temperature_at(config, step):

@@ -159,7 +159,7 @@ def _write(setup, copies, params, frozen, tokens, mask, own, key=None, places=No
     prefill = generator.start(setup, params, frozen, query).repeat(copies)
     if places is not None:
         places = (places[:, None] * copies + np.arange(copies, dtype=np.int32)).reshape(-1)
-    h = generator.encode(setup, params, frozen, tokens, mask, own) if "encoder" in params else query.h
+    h = generator.state(setup, params, frozen, query, tokens, mask, own)
     return h, generator.write(setup, params, frozen, prefill, key, places, temperature)
 
 
