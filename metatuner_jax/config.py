@@ -71,6 +71,7 @@ class HyperConfig:
     hidden: int = _field(64, "width of its hidden layers")
     scale: float = _field(2.0, "factor of the delta: the main dial")
     pool: str = _field("last", "the state it reads: 'last' token of the templated query, or 'mean' of the query's own tokens")
+    standardize: bool = _field(False, "shift and scale the states, so that at first those of train queries have mean 0 and variance 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,9 @@ class TrainConfig:
 
     num_steps: int = _field(100, "updates")
     batch_size: int = _field(16, "queries a step")
-    learning_rate: float = _field(2e-4, "of the hypernetwork, or of what else adapts the actor")
-    generator_rate: float = _field(1.0, "the generator's learning rate over the hypernetwork's")
+    learning_rate: float = _field(2e-4, "of the static LoRA: sft's, or the biases of the hypernetwork")
+    hyper_rate: float = _field(1.0, "the learning rate of the hypernetwork's weights over that of its biases")
+    generator_rate: float = _field(1.0, "the generator's learning rate beside a hypernetwork, over that of the biases")
     warmup_steps: int = _field(5, "steps over which the rate rises from zero")
     decay: str = _field("cosine", "of the rate after that: 'cosine' to a tenth, or 'constant'")
     weight_decay: float = _field(0.0, "AdamW's")
@@ -250,7 +252,7 @@ def check(config: Config) -> None:
                 raise ValueError(f"{section}.{name}={value} must be at least 1")
     for section, name in (
         ("generator", "scale"), ("generator", "temperature"), ("generator", "final_temperature"), ("hyper", "scale"),
-        ("rollout", "temperature"), ("train", "learning_rate"), ("train", "generator_rate"), ("train", "clip_norm"),
+        ("rollout", "temperature"), ("train", "learning_rate"), ("train", "generator_rate"), ("train", "hyper_rate"), ("train", "clip_norm"),
         ("warmup", "scale"), ("warmup", "learning_rate"), ("preference", "beta"), ("preference", "temperature"),
     ):  # fmt: skip
         value = getattr(getattr(config, section), name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import time
 from typing import Any
 
@@ -104,13 +105,22 @@ def rate_at(config: config_lib.TrainConfig, phase: Phase, step):
     return schedule(step)
 
 
-def part_rate(config: config_lib.TrainConfig, phase: Phase, part: str) -> float:
-    """Returns a part's rate over the phase's: the generator learns at one of its own beside the hypernetwork.
+def relative_rates(config: config_lib.TrainConfig, phase: Phase, part: str, tree):
+    """Returns each leaf's learning rate over the phase's, for a part of the tree.
 
     Where it moves fast, the states that the hypernetwork reads and the prompts that the actor reads move under what was learnt from
     them, and the delta grows without bound.
     """
-    return config.generator_rate if phase.name == "joint" and part not in ("hyper", "actor") else 1.0
+
+    def one(path, leaf):
+        if phase.name != "joint" or "hyper" not in phase.parts:
+            return 1.0
+        if part != "hyper":
+            return config.generator_rate
+        static = re.search(r"(_bias|/[ab])$", sharding.path_text(path))
+        return 1.0 if static else config.hyper_rate
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def init_state(setup, params: dict) -> TrainState:
@@ -158,8 +168,9 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
         params, opt_state = dict(state.params), dict(state.opt_state)
         for part in parts:
             updates, moments = tx.update(jax.tree.map(lambda leaf: clip * leaf, grads[part]), state.opt_state[part], state.params[part])
-            rate = rate_at(config, phase, done) * part_rate(config, phase, part)
-            updated = optax.apply_updates(state.params[part], jax.tree.map(lambda leaf: -rate * leaf, updates))
+            rate, relative = rate_at(config, phase, done), relative_rates(config, phase, part, updates)
+            scaled = jax.tree.map(lambda leaf, times: -rate * times * leaf, updates, relative)
+            updated = optax.apply_updates(state.params[part], scaled)
             params[part], opt_state[part] = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old), (updated, moments), (state.params[part], state.opt_state[part])
             )
@@ -261,6 +272,8 @@ class Trainer:
                     progress.line(f"  step {step}: {'training' if phase.name == 'joint' else f'warm-up of the {phase.name}'}")
                     state = rest(state, self.phases, step)
                 self.enter(step, state)
+                if phase.name == "joint" and step == phase.first:
+                    state = self.standardise(state)
                 extra = {"phase": phase.name}
                 if phase.rollouts and (step - phase.first) % config.rollout.every == 0:
                     extra |= self.refresh(state, step)
@@ -302,6 +315,15 @@ class Trainer:
         if "actor" in state.params and not self.warm and step >= self.config.warmup.actor_steps:
             self.passes.frozen = warmed_up(self.setup, self.passes.frozen, state.params)
             self.warm = True
+
+    def standardise(self, state: TrainState) -> TrainState:
+        """Returns the state with which the joint phase begins: its hypernetwork reads states of mean 0 and variance 1."""
+        if self.setup.method.adapter != "generated" or not self.config.hyper.standardize:
+            return state
+        rows = self.rows["train"]
+        h = self.passes.encode(state.params, rows, np.arange(min(self.config.eval.num_mean, len(rows))))
+        hyper = sharding.place({"hyper": generator.standardise(state.params["hyper"], h)}, self.passes.mesh)
+        return state.replace(params={**state.params, **hyper})
 
     def diagnoses(self, done: int) -> bool:
         """Returns whether a step of the joint phase measures the terms' gradients."""
@@ -353,6 +375,7 @@ class Trainer:
         if self.setup.method.preference:
             found = preference.refresh(*common, self.pairs, self.tokens, self.score, step, done, phase.steps)
         elif self.setup.method.prompt == "searched":
+
             found = search.search(*common, self.tokens, self.score, step, done, self.experts.for_all(best))
         else:
             found = rollout.refresh(*common, self.tokens, self.score, step, done, phase.steps)
@@ -377,7 +400,6 @@ class Trainer:
             minutes, seconds = divmod(int((total - calls) * found["rollout_s"] / found["rollout_attempts"]), 60)
             text += f", the rest in {minutes}:{seconds:02d}"
         return text
-
 
     def calls_of_refresh(self) -> int:
         """Returns how many answers one refresh decodes at most."""

@@ -48,15 +48,17 @@ def test_the_fresh_hypernetwork_writes_a_delta_of_exactly_zero(networks, batch):
     np.testing.assert_array_equal(logits(frozen, loras, *args), logits(frozen, None, *args))
 
 
-def test_the_delta_is_the_papers_formula(networks):
-    setup = make_setup(hyper={"scale": 1.7})
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_delta_is_the_papers_formula(networks, standardize):
+    setup = make_setup(hyper={"scale": 1.7, "standardize": standardize})
     _, params = networks(setup)
     h = jnp.array(np.random.default_rng(0).normal(size=(3, GENERATOR.width)), jnp.float32)
     out, p = generator.adapt(setup, params["hyper"], h)["v"], params["hyper"]
     layer, row = 2, 1
+    read = np.array((h[row] - p["shift"]) * p["gain"] if standardize else h[row])
 
     def factor(name):
-        return np.maximum(np.array(h[row]) @ p[f"v_{name}_down"][layer], 0) @ p[f"v_{name}_up"][layer] + p[f"v_{name}_bias"][layer]
+        return np.maximum(read @ p[f"v_{name}_down"][layer], 0) @ p[f"v_{name}_up"][layer] + p[f"v_{name}_bias"][layer]
 
     np.testing.assert_allclose(out.a[layer, row], factor("a").reshape(ACTOR.width, 2), rtol=2e-5, atol=1e-5)
     np.testing.assert_allclose(out.b[layer, row], 1.7 * factor("b").reshape(2, 20), rtol=2e-5, atol=1e-5)
@@ -70,6 +72,38 @@ def test_zero_weights_leave_a_static_lora(networks):
     for x in loras.values():
         np.testing.assert_array_equal(x.a[:, 0], x.a[:, 2])
         assert np.abs(x.b).max() > 0
+
+
+@pytest.mark.parametrize("network", ["two_layer", "trunk"])
+def test_states_that_are_nearly_alike_are_told_apart_once_standardised(networks, network):
+    """States as queries of one task have them: a common part with all but 1% of their square, and a feature that never changes."""
+    setup = make_setup(hyper={"network": network, "standardize": True})
+    frozen, params = networks(setup)
+    rng = np.random.default_rng(0)
+    h = jnp.array(rng.normal(size=GENERATOR.width) + 0.1 * rng.normal(size=(64, GENERATOR.width)), jnp.float32).at[:, 3].set(5.0)
+    plain = {**params["hyper"], "shift": jnp.zeros(GENERATOR.width), "gain": jnp.ones(GENERATOR.width)}
+    hyper = generator.standardise(plain, h)
+    read = (h - hyper["shift"]) * hyper["gain"]
+    np.testing.assert_allclose(jnp.mean(read, axis=0), 0, atol=1e-3)
+    spread = np.array(jnp.std(read, axis=0))
+    assert spread[3] == 0 and np.all(np.abs(np.delete(spread, 3) - 1) < 0.02)
+
+    def variance(hyper):
+        return losses.delta_metrics(setup, frozen, generator.adapt(setup, hyper, h))["delta_variance"]
+
+    assert variance(plain) < 0.1 and variance(hyper) > 0.3
+
+
+@pytest.mark.parametrize("network", ["two_layer", "trunk"])
+def test_a_fresh_hypernetwork_of_standardised_states_is_a_fresh_static_lora(networks, network):
+    setup = make_setup(hyper={"network": network, "standardize": True, "rank": 8})
+    _, params = networks(setup, random=False)
+    h = jnp.array(np.random.default_rng(0).normal(size=(3, GENERATOR.width)), jnp.float32)
+    static = generator.init_static(setup.config.hyper, ACTOR, ACTOR.num_layers, jax.random.key(0))
+    for target, lora in generator.adapt(setup, params["hyper"], h).items():
+        np.testing.assert_array_equal(lora.a, np.broadcast_to(lora.a[:, :1], lora.a.shape))
+        np.testing.assert_allclose(np.std(lora.a), np.std(static[target]["a"]), rtol=0.15)
+        assert not np.any(lora.b)
 
 
 # --- the packed pass ---

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,17 +245,21 @@ def test_refreshes_take_queries_of_the_coming_steps():
     assert len(set(late)) == 8 and set(data.order_at(19, 50, 4, settings.seed)) <= set(late)
 
 
-def test_the_generator_has_a_learning_rate_of_its_own():
+@pytest.mark.parametrize(("method", "rates"), [
+    ("hyper_only", {"hyper/q_b_bias": 1e-2, "hyper/q_b_up": 3e-4, "hyper/gain": 3e-4, "shared/q/a": 5e-4}),
+    ("sft", {"hyper/q/a": 1e-2, "hyper/q/b": 1e-2}),
+    ("prompt_only", {"shared/q/a": 1e-2, "prompt/q/b": 1e-2}),
+])  # fmt: skip
+def test_biases_learn_as_a_static_lora_does_and_weights_at_a_rate_of_their_own(method, rates):
     def loss_fn(params, copy, frozen, batch, key, step):
-        return sum(jnp.sum(leaf["w"] * batch) for leaf in params.values()), {}
+        return sum(jnp.sum(leaf * batch) for leaf in jax.tree.leaves(params)), {}
 
-    setup = make_setup(train={"learning_rate": 1e-2, "generator_rate": 0.2, "warmup_steps": 0})
-    step = train.make_train_step(loss_fn, setup.config.train, train.phases(setup)[-1], ("shared", "hyper"))
-    state = train.init_state(setup, {part: {"w": jnp.ones(3)} for part in ("shared", "hyper")})
-    state, _ = step(state, None, jnp.array([1e-3, -2e-3, 3e-3]), jax.random.key(0))
-    moved = {part: state.params[part]["w"] - 1 for part in state.params}
-    np.testing.assert_allclose(moved["shared"], 0.2 * moved["hyper"], rtol=1e-3)
-    np.testing.assert_allclose(np.abs(moved["hyper"]), 1e-2, rtol=1e-3)
+    setup = make_setup(method=method, train={"learning_rate": 1e-2, "hyper_rate": 0.03, "generator_rate": 0.05, "warmup_steps": 0})
+    tree = flax.traverse_util.unflatten_dict({path: jnp.ones(3) for path in rates}, sep="/")
+    step = train.make_train_step(loss_fn, setup.config.train, train.phases(setup)[-1], tuple(tree))
+    state, _ = step(train.init_state(setup, tree), None, jnp.array([1e-3, -2e-3, 3e-3]), jax.random.key(0))
+    moved = flax.traverse_util.flatten_dict(state.params, sep="/")
+    assert {path: float(np.abs(leaf - 1).max()) for path, leaf in moved.items()} == pytest.approx(rates, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
