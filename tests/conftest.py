@@ -28,7 +28,7 @@ with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotat
     import metatuner_jax.losses
     import metatuner_jax.transformer  # noqa: F401
 
-from runs import write_rows
+from small_runs import write_rows
 
 from metatuner_jax import config, generator, methods, transformer
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import command, load_state, read_lines, start, write_rows
+from small_runs import command, load_state, read_lines, start, write_rows
 
 from metatuner_jax import data, evaluate
 from metatuner_jax.methods import METHODS
@@ -51,7 +51,7 @@ def test_every_method_runs_to_its_results(method, root, tmp_path):
         assert results["after"] == results["before"]
 
 
-WARM = ("warmup.actor_steps=2", "warmup.generator_steps=1", "train.num_steps=3", "train.diagnose_every=2", "rollout.every=1")
+WARM = ("warmup.actor_steps=2", "warmup.generator_steps=1", "train.num_steps=3", "train.diagnose_every=2", "rollout.every=1", "hyper.standardize=true")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def warm(root, tmp_path_factory):
 
 def test_warm_ups_are_phases_of_the_run(warm):
     folder, output = warm
-    for text in ("step 0: warm-up of the actor", "step 2: warm-up of the generator", "step 3: training"):
+    for text in ("step 0: warm-up of the actor", "step 2: warm-up of the generator", "step 3: training", "% of their square differs"):
         assert text in output
     assert " of at most 48 actor calls" in output  # four refreshes of four queries with two new prompts
     metrics = read_lines(folder / "metrics.jsonl")
@@ -78,6 +78,7 @@ def test_warm_ups_are_phases_of_the_run(warm):
     assert {attempt["step"] for attempt in read_lines(folder / "experts.jsonl")} == {2, 3, 4, 5}
     before = [line["score"] for line in read_lines(folder / "before.jsonl")]
     assert results_of(folder)["before"]["mean"] == np.mean(before)
+    assert np.all(load_state(folder, 6)["params"]["hyper"]["gain"] > 1.5)  # the joint phase began with standardised states
 
 
 @pytest.mark.parametrize("at", [2, 4])

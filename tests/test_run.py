@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import command, load_state, read_lines, start
+from small_runs import command, load_state, read_lines, start
 
 from experiments import choose_prompt, run
 from metatuner_jax import actor, data, evaluate, lora, passes, pretrained, rollout
