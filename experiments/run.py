@@ -162,7 +162,7 @@ def check_workdir(config, workdir):
     if saved is not None:
         if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
             raise Mistake(f"--workdir={workdir} has a config.json that no run of ours wrote; give another --workdir")
-        differing = differences(saved["config"], json.loads(json.dumps(dataclasses.asdict(config))))
+        differing = differences(with_newer_settings(saved["config"]), json.loads(json.dumps(dataclasses.asdict(config))))
         if differing:
             raise Mistake(f"--workdir={workdir} holds another run: {'; '.join(differing[:4])}; give another --workdir")
         if (workdir / "results.json").exists():
@@ -283,6 +283,13 @@ def check_lengths(config, generator, actor, lengths, prefix_tokens):
                 f"{role}.model has {name}={limit}, and the longest row takes {length} tokens: lower generator.max_query_tokens, "
                 "generator.max_prompt_tokens or actor.max_answer_tokens"
             )
+
+
+def with_newer_settings(saved):
+    """Returns a saved config with the settings that its version did not know, at their defaults, with which things are as they were."""
+    default = json.loads(json.dumps(dataclasses.asdict(config_lib.Config())))
+    sections = {name: leaves for name, leaves in saved.items() if isinstance(leaves, dict) and isinstance(default.get(name), dict)}
+    return {**saved, **{name: {**default[name], **leaves} for name, leaves in sections.items()}}
 
 
 def differences(old, new, path=""):

@@ -283,6 +283,18 @@ def test_the_folder_of_another_run_is_refused_and_left_alone(finished, root, cap
     assert snapshot(finished.folder) == before
 
 
+def test_a_setting_that_has_come_since_stands_at_its_default(finished, root, tmp_path, capfd, no_weights):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    written = json.loads((folder / "config.json").read_text())
+    del written["config"]["hyper"]["standardize"]
+    (folder / "config.json").write_text(json.dumps(written))
+    code, output = start(command(root, folder))
+    assert code == 0 and "holds this run, finished: nothing to do" in output
+    assert run.main(command(root, folder, "hyper.standardize=true")) == 2
+    assert_one_line(capfd.readouterr().err, "holds another run", "hyper.standardize=False there, True here")
+
+
 def test_a_checkpoint_of_another_architecture_is_refused_and_left_alone(finished, root, tmp_path, capfd, no_weights):
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
