@@ -144,6 +144,34 @@ def test_the_letter_that_a_text_chooses(text, letter):
     assert cosmosqa.chosen(text, CHOICES) == letter
 
 
+BUS = ("None of the above choices .", "The bus would arrive at the stop soon", "The taxi would pick up the young man",
+       "Medical personnel would come to help the old man")  # fmt: skip
+FELL = ("He was waiting on a ride", "He likely fell on the sidewalk and hit his head while intoxicated", "He was waiting on the taxi",
+        "None of the above choices .")  # fmt: skip
+BIAS = ("she becomes angry with her husband", "She confirms her biases", "She makes informed decisions", "None of the above choices .")
+JOB = ("I lost my well paying job .", "I lost my vacation days .", "I ca n't get off medical leave .", "I am taking a sabbatical .")
+
+
+@pytest.mark.parametrize(
+    "text, choices, letter",
+    [
+        ("A. I lost my well paying job\n\nThe correct answer is A. I lost my well paying job.", JOB, "A"),
+        ("C. I am taking a sabbatical", JOB, "C"),  # the letter counts, though the words are D's
+        ("B. The taxi would pick up the young man.\n\nThe correct answer is D. Medical personnel would come to help the old man.", BUS, "D"),
+        (("C. He likely fell on the sidewalk and hit his head while intoxicated\n\nThe correct answer is C. He likely fell on the sidewalk "
+         "and hit his head while intoxicated."), FELL, "C"),
+        ("A. she becomes angry with her husband\nB. She confirms her biases\nC. She makes informed decisions", BIAS, None),
+        (("A. she becomes angry with her husband\n\nThe correct answer is A. She confirms her biases. This is because the event was aired with "
+         "a moderator who had a particular agenda"), BIAS, "A"),
+        ("C. None of the above choices.\n\nThe young man's death was a tragic event, and the young man's death was a tragic event.", BUS, "C"),
+    ],
+)  # fmt: skip
+def test_the_letter_that_smollm2_chooses(text, choices, letter):
+    """What SmolLM2-135M-Instruct wrote, greedily: it is strictly right in none, as it never says the letter alone."""
+    assert cosmosqa.chosen(text, choices) == letter
+    assert all(cosmosqa.score(text, Example("x", "q", gold, gold, choices)).strict == 0 for gold in "ABCD")
+
+
 def test_the_same_choice_twice_is_no_choice_by_its_text():
     assert cosmosqa.chosen("It rained.", ("It rained .", "It rained", "It snowed .", "It was hot .")) is None
 

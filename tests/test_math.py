@@ -85,6 +85,37 @@ def test_math_scores(score, text, answer, strict, flexible):
     assert score(text, gold(answer)) == tasks.Score(strict, flexible)
 
 
+ROOT, SUM = r"Simplify $\sqrt{50}$.", r"What is the value of $\frac{3}{4} + \frac{1}{6}$? Express your answer as a common fraction."
+
+
+@pytest.mark.parametrize(
+    "problem, text, answer, strict, flexible",
+    [
+        # What SmolLM2-135M-Instruct wrote, greedily, up to 128 tokens: the problem again, and none of its answers.
+        (ROOT, (r"$\sqrt{50}$ is a mathematical expression that can be simplified by using the property of square roots that states that "
+         r"$\sqrt{a}=\sqrt{a^2}$. So, $\sqrt{50}=\sqrt{50^2}$. This is the only possible simplification of $\sqrt{50}$."), r"5\sqrt{2}", 0, 0),
+        (SUM, (r"We can rewrite the fractions as follows: $\frac{3}{4} + \frac{1}{6} = \frac{3}{4} + \frac{1}{6}$. Now, we can add these "
+         r"fractions by simply adding the numerators and denominators: $\frac{3 + "), r"\frac{11}{12}", 0, 0),
+        ("How many ways are there to choose 2 of 5 books?", ("To choose 2 books out of 5, there are 5 choose 2 = 10 ways. This is based on "
+         "the combination formula, which is calculated as 5 choose 2, denoted as C(5,2) or 10C2. This formula is used to calculate the "
+         "number of possible outcomes when selecting a subset of objects from a larger set. In this case, it's calculated as 10 * 9 / 2 "
+         "= 55 ways."), "10", 0, 0),
+        ("Solve $2x + 6 = 20$ for $x$.", ("Now, we can divide both sides of the equation by 2 to find the solution. This gives us $x = "
+         "10/2$.\n\nSo, the solution is $x = 5$."), "7", 0, 0),
+        (r"What is $15\%$ of $200$?", r"So, $15\%$ is equal to 15/100, which is 0.15.\n\nSo, $15\%$ is equal to 15/100 of $200$.", "30", 0, 0),
+        # Invented: right answers, and the problem itself in a box.
+        (ROOT, r"so $\sqrt{50} = 5\sqrt{2}$.", r"5\sqrt{2}", 0, 1),
+        (SUM, r"$\frac{3}{4}+\frac{1}{6} = \frac{11}{12}$", r"\frac{11}{12}", 0, 1),
+        ("Factor $x^2 - 9$.", r"\boxed{x^2-9}", "(x-3)(x+3)", 0, 0),
+        ("Factor $x^2 - 9$.", r"\boxed{(x+3)(x-3)}", "(x-3)(x+3)", 1, 1),
+        ("Find $f(-2)$.", r"\boxed{f(-2) = 8}", "8", 1, 1),
+        (r"Simplify $\frac{7}{9}$.", r"\boxed{\frac{7}{9}}", r"\frac{7}{9}", 1, 1),
+    ],
+)  # fmt: skip
+def test_the_problem_said_again_is_no_answer(score, problem, text, answer, strict, flexible):
+    assert score(text, Example("x", problem, answer, answer, answer)) == tasks.Score(strict, flexible)
+
+
 @pytest.mark.parametrize(
     "text, box",
     [

@@ -11,6 +11,12 @@ INITIAL_PROMPT = r"Solve the problem step by step. Put the final answer in \boxe
 SECONDS = 5.0
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _MARK = re.compile(r"####|\banswer(?:\s+(?:is|should\s+be|would\s+be)\b(?P<denied>\s+not\b)?|\s*[:=])", re.IGNORECASE)
+# An expression that a problem asks to have worked on, such as that of "Simplify $\sqrt{50}$".
+_ASKED = re.compile(
+    r"\b(?:simplify|evaluate|compute|calculate|factor|expand|rationalize|convert|express|write|value of|what is|find)\s+"
+    r"(?:(?:the|a|an|this|following|expression|sum|product|fraction|value|of)\s+)*(\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\])",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def check(task: config.TaskConfig) -> None:
@@ -32,11 +38,13 @@ def make_score(seconds: float):
     Equal is what math-verify takes for equal (0.75 and 3/4, x=5 and 5, 12 cm and 12, {1,2} and {2,1}), or the same text.
     Where there is a box, the last one is the final answer and both scores are the same. Else it is what stands after
     the last "answer is", "Answer:" or "####", to the end of that sentence; else what math-verify finds in the text, mostly
-    its last formula or number. An answer that math-verify is not done with in `seconds` is wrong, on a busy machine too.
+    its last formula or number. An answer that math-verify is not done with in `seconds` is wrong, on a busy machine too. To say the
+    problem's own expression again ("Factor $x^2 - 9$": x^2 - 9) is no answer, though it is equal.
     """
     verifier = _verifier(seconds)
 
     def score(text: str, example: Example) -> Score:
+        text = hide_asked(text, example)
         box = last_box(text)
         if box is not None:
             right = _squeezed(box) == _squeezed(example.source) or verifier.equal(_formula(example.source), [_formula(box)])
@@ -46,6 +54,16 @@ def make_score(seconds: float):
         return Score(0.0, float(verifier.equal(_formula(example.source), final_answer(text))))
 
     return score
+
+
+def hide_asked(text: str, example: Example) -> str:
+    """Returns the text with the letter Omega in place of expressions that the problem asks to have worked on."""
+    for found in _ASKED.findall(example.query):
+        asked = (found[1:-1] if found.startswith("$") else found[2:-2]).strip(" .\n")
+        if re.search(r"[-+*/^\\]", asked) and len(asked) > 3 and _squeezed(asked) not in _squeezed(example.source):
+            spaced = r"\s*".join(map(re.escape, _squeezed(asked)))
+            text = re.sub(spaced, lambda _: r"\Omega ", text)
+    return text
 
 
 @functools.cache
