@@ -324,7 +324,7 @@ class Trainer:
         h = self.passes.encode(state.params, rows, np.arange(min(self.config.eval.num_mean, len(rows))))
         share = np.sum(np.var(h, axis=0)) / np.mean(np.sum(np.square(h), axis=1))
         self.passes.progress.line(f"  states of {len(h)} queries: {100 * share:.2g}% of their square differs between queries, standardised")
-        hyper = sharding.place({"hyper": generator.standardise(state.params["hyper"], h)}, self.passes.mesh)
+        hyper = sharding.place({"hyper": generator.standardise(state.params["hyper"], jnp.asarray(h))}, self.passes.mesh)
         return state.replace(params={**state.params, **hyper})
 
     def diagnoses(self, done: int) -> bool:
