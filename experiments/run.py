@@ -162,7 +162,7 @@ def check_workdir(config, workdir):
     if saved is not None:
         if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
             raise Mistake(f"--workdir={workdir} has a config.json that no run of ours wrote; give another --workdir")
-        differing = differences(with_newer_settings(saved["config"]), json.loads(json.dumps(dataclasses.asdict(config))))
+        differing = differences(with_newer_settings(saved["config"]), plain(config))
         if differing:
             raise Mistake(f"--workdir={workdir} holds another run: {'; '.join(differing[:4])}; give another --workdir")
         if (workdir / "results.json").exists():
@@ -285,9 +285,14 @@ def check_lengths(config, generator, actor, lengths, prefix_tokens):
             )
 
 
+def plain(config):
+    """Returns a config as it reads back from JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def with_newer_settings(saved):
     """Returns a saved config with the settings that its version did not know, at their defaults, with which things are as they were."""
-    default = json.loads(json.dumps(dataclasses.asdict(config_lib.Config())))
+    default = plain(config_lib.Config())
     sections = {name: leaves for name, leaves in saved.items() if isinstance(leaves, dict) and isinstance(default.get(name), dict)}
     return {**saved, **{name: {**default[name], **leaves} for name, leaves in sections.items()}}
 

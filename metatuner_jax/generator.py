@@ -79,13 +79,22 @@ def standardise(hyper: dict, h: Float[Array, "n d"]) -> dict:
     return {**hyper, "shift": jnp.mean(h, axis=0), "gain": (jnp.var(h, axis=0) + 1e-4) ** -0.5}
 
 
-def shares(config: config_lib.HyperConfig) -> tuple[float, float]:
-    """Returns how much of the variance of a fresh factor comes from the query and how much from the bias.
+def output_layer(module: nn.Module, name: str, shape: tuple[int, ...], layers: int, deviation: float):
+    """Returns the weights [..., hidden, features] and the biases [layers, features] of a factor's last layer.
 
-    From states that are nearly alike, both make one LoRA. From standardised ones the query's share would be another one for each
-    query, noise to what the bias learns: it starts at zero, and the hypernetwork as a static LoRA does.
+    Of the factor's variance at first, half comes from the query and half from the bias: from states that are nearly alike, both make one
+    LoRA. From standardised ones the query's half would be another one for each query, noise to what the bias learns: it is zero, and
+    the hypernetwork starts as a static LoRA does.
+
+    Args:
+      shape: of the weights.
+      deviation: the factor's standard deviation at first, of inputs with mean square 1/2, as those of a ReLU are.
     """
-    return (0.0, 1.0) if config.standardize else (0.5, 0.5)
+    hidden, features = shape[-2:]
+    of_query = 0.0 if module.config.standardize else 0.5
+    up = module.param(f"{name}_up", nn.initializers.normal(deviation * (2 * of_query / hidden) ** 0.5), shape)
+    bias = module.param(f"{name}_bias", nn.initializers.normal(deviation * (1 - of_query) ** 0.5), (layers, features))
+    return up, bias
 
 
 class TwoLayer(nn.Module):
@@ -105,11 +114,8 @@ class TwoLayer(nn.Module):
         h = standardised(self, h)
 
         def factor(name, features, deviation):
-            normal = nn.initializers.normal
-            down = self.param(f"{name}_down", normal(h.shape[-1] ** -0.5), (layers, h.shape[-1], hidden))
-            of_query, of_bias = shares(self.config)
-            up = self.param(f"{name}_up", normal(deviation * (of_query / hidden) ** 0.5), (layers, hidden, features))
-            bias = self.param(f"{name}_bias", normal(deviation * of_bias**0.5), (layers, features))
+            down = self.param(f"{name}_down", nn.initializers.normal(h.shape[-1] ** -0.5), (layers, h.shape[-1], hidden))
+            up, bias = output_layer(self, name, (layers, hidden, features), layers, deviation)
             return jnp.einsum("lbm,lmf->lbf", jax.nn.relu(jnp.einsum("bd,ldm->lbm", h, down)), up) + bias[:, None]
 
         loras = {}
@@ -146,9 +152,7 @@ class Trunk(nn.Module):
         x = jax.nn.relu(mixed + self.param("trunk_shift", nn.initializers.zeros, (hidden,)))
 
         def factor(i, name, features, deviation):
-            of_query, of_bias = shares(self.config)
-            up = self.param(f"{name}_up", normal(deviation * (of_query / hidden) ** 0.5), (hidden, features))
-            bias = self.param(f"{name}_bias", normal(deviation * of_bias**0.5), (layers, features))
+            up, bias = output_layer(self, name, (hidden, features), layers, deviation)
             return jnp.einsum("lbm,mf->lbf", x[:, i], up) + bias[:, None]
 
         loras = {}

@@ -106,19 +106,19 @@ def rate_at(config: config_lib.TrainConfig, phase: Phase, step):
 
 
 def relative_rates(config: config_lib.TrainConfig, phase: Phase, part: str, tree):
-    """Returns each leaf's learning rate over the phase's, for a part of the tree.
+    """Returns each leaf's learning rate over the phase's, for a part of the tree. They differ beside a hypernetwork only.
 
-    Where it moves fast, the states that the hypernetwork reads and the prompts that the actor reads move under what was learnt from
-    them, and the delta grows without bound.
+    Adam moves each number by its rate. A bias moves the LoRA by as much, a weight by that times what it is multiplied with, summed over
+    the hidden width: so the hypernetwork's weights want a smaller rate, and its biases that of a static LoRA. Where the generator moves
+    fast, the states that the hypernetwork reads and the prompts that the actor reads move under what was learnt from them, and the delta
+    grows without bound.
     """
+    alone = phase.name != "joint" or "hyper" not in phase.parts
 
     def one(path, leaf):
-        if phase.name != "joint" or "hyper" not in phase.parts:
+        if alone or (part == "hyper" and re.search(r"(_bias|/[ab])$", sharding.path_text(path))):
             return 1.0
-        if part != "hyper":
-            return config.generator_rate
-        static = re.search(r"(_bias|/[ab])$", sharding.path_text(path))
-        return 1.0 if static else config.hyper_rate
+        return config.hyper_rate if part == "hyper" else config.generator_rate
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -377,7 +377,6 @@ class Trainer:
         if self.setup.method.preference:
             found = preference.refresh(*common, self.pairs, self.tokens, self.score, step, done, phase.steps)
         elif self.setup.method.prompt == "searched":
-
             found = search.search(*common, self.tokens, self.score, step, done, self.experts.for_all(best))
         else:
             found = rollout.refresh(*common, self.tokens, self.score, step, done, phase.steps)

@@ -106,6 +106,18 @@ def test_a_fresh_hypernetwork_of_standardised_states_is_a_fresh_static_lora(netw
         assert not np.any(lora.b)
 
 
+def test_half_of_a_fresh_factor_comes_from_the_query_where_states_are_read_as_they_are(networks):
+    setup = make_setup(hyper={"hidden": 64, "rank": 8})
+    _, params = networks(setup, random=False)
+    h = jnp.array(np.random.default_rng(0).normal(size=(64, GENERATOR.width)), jnp.float32)
+    static = generator.init_static(setup.config.hyper, ACTOR, ACTOR.num_layers, jax.random.key(0))
+    no_bias = {name: leaf * (not name.endswith("_bias")) for name, leaf in params["hyper"].items()}
+    for target, lora in generator.adapt(setup, params["hyper"], h).items():
+        np.testing.assert_allclose(np.std(lora.a), np.std(static[target]["a"]), rtol=0.1)
+        of_query = generator.adapt(setup, no_bias, h)[target].a
+        np.testing.assert_allclose(np.mean(of_query**2) / np.mean(lora.a**2), 0.5, atol=0.1)
+
+
 # --- the packed pass ---
 
 

@@ -82,17 +82,22 @@ def test_a_static_lora_is_the_same_for_all_rows_and_starts_at_zero(networks, bat
     assert float(metrics["delta_ratio"]) == pytest.approx(norm / weights, rel=1e-4)
 
 
-def test_an_encoder_of_its_own_takes_the_task_gradient_in_the_place_of_the_shared_layers(networks, batch):
-    setup = make_setup("unshared", train={"prompt_gradient": "none"})
-    frozen, params = networks(setup)
+def term_gradients(setup, params, frozen, batch, key):
+    """Returns the gradient of the task loss and that of the prompt loss, without its weight."""
 
     @jax.jit
     def gradients(params):
-        both = lambda p: [losses.joint_loss(setup, p, params["prompt"], frozen, batch, jax.random.key(0))[1][f"{t}_loss"] for t in losses.TERMS]
+        both = lambda p: [losses.joint_loss(setup, p, params["prompt"], frozen, batch, key)[1][f"{term}_loss"] for term in losses.TERMS]
         _, back = jax.vjp(both, params)
         return [back([a, b])[0] for a, b in ((1.0, 0.0), (0.0, 1.0))]
 
-    task, prompt = gradients(params)
+    return gradients(params)
+
+
+def test_an_encoder_of_its_own_takes_the_task_gradient_in_the_place_of_the_shared_layers(networks, batch):
+    setup = make_setup("unshared", train={"prompt_gradient": "none"})
+    frozen, params = networks(setup)
+    task, prompt = term_gradients(setup, params, frozen, batch, jax.random.key(0))
     norm = lambda tree: sum(float(jnp.sum(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
     assert norm(task["encoder"]) > 0 and norm(task["shared"]) == norm(task["prompt"]) == 0
     assert norm(prompt["shared"]) > 0 and norm(prompt["encoder"]) == norm(prompt["hyper"]) == 0
@@ -242,14 +247,8 @@ def test_the_gradient_share_is_that_of_the_shared_layers(networks, batch):
     state, key = train.init_state(setup, params), jax.random.key(1)
     found = float(train.make_gradient_share(setup, train.phases(setup)[-1])(state, frozen, batch, key))
     key = jax.random.fold_in(key, 0)  # the step's own
-
-    @jax.jit
-    def gradients(params):
-        both = lambda p: [losses.joint_loss(setup, p, params["prompt"], frozen, batch, key)[1][f"{term}_loss"] for term in losses.TERMS]
-        _, back = jax.vjp(both, params)
-        return [back([a, b])[0]["shared"] for a, b in ((1.0, 0.0), (0.0, 1.0))]
-
-    task, prompt = (np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(grad))) for grad in gradients(params))
+    gradients = [grad["shared"] for grad in term_gradients(setup, params, frozen, batch, key)]
+    task, prompt = (np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(grad))) for grad in gradients)
     prompt *= 0.3
     assert found == pytest.approx(task / (task + prompt), rel=1e-3) and 0.01 < found < 0.99
 
