@@ -55,7 +55,8 @@ def answer_before(passes, rows, tokens, score) -> list[dict]:
 def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=None) -> tuple[dict, list[dict]]:
     """Returns (results, predictions) on a split: the parts of results.json that are scores, and one object a query.
 
-    What a method does not have is not answered anew: without an adapter all four score the same, with a static one all but `none`.
+    What a method does not have is not answered anew: without an adapter all four score the same, with a static one all but `none`. Nor
+    is what stands in `before`: the bare actor under the initial prompt.
 
     Source: the four adapters and three prompts are this project's controls; the paper has none.
 
@@ -78,22 +79,23 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         texts = texts_of(passes.answer(rows, which, *prompts, adapter, what=what), tokens)
         return texts, [score(text, rows.examples[i]) for text, i in zip(texts, which)]
 
-    def run_prompts(what, other, other_mask):
-        """Answers anew only the queries whose prompt is another one; the rest stands in `after`."""
-        differs = np.any(np.where(prompt_mask, prompt, -1) != np.where(other_mask, other, -1), axis=1)
-        changed, scores = np.flatnonzero(differs), list(after)
-        if len(changed):
-            moved = adapter and (lambda at: adapter(changed[at]))
-            found = run(what, moved, (other[changed], other_mask[changed]), changed)[1]
-            for i, one in zip(changed, found):
+    def differs(other, other_mask):
+        return np.any(np.where(prompt_mask, prompt, -1) != np.where(other_mask, other, -1), axis=1)
+
+    def run_some(what, adapter, tokens, mask, which, rest):
+        """Answers anew only the queries where `which` is True; the others' scores are those in `rest`."""
+        at, scores = np.flatnonzero(which), list(rest)
+        if len(at):
+            found = run(what, adapter and (lambda places: adapter(at[places])), (tokens[at], mask[at]), at)[1]
+            for i, one in zip(at, found):
                 scores[i] = one
         return scores
 
     own = (prompt, prompt_mask)
-    as_before = not method.learns and np.array_equal(np.where(prompt_mask, prompt, -1), np.where(rows.initial_mask, rows.initial, -1))
+    rewritten = differs(rows.initial, rows.initial_mask)
     texts = [line["answer"] for line in before]
-    after = [score(text, example) for text, example in zip(texts, rows.examples)]
-    if not as_before:
+    bare = after = [score(text, example) for text, example in zip(texts, rows.examples)]
+    if method.learns or rewritten.any():
         texts, after = run("after", adapter, own)
     adapters = dict.fromkeys(("own", "shuffled", "mean", "none"), after)
     energy = None
@@ -103,11 +105,13 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         adapters["shuffled"] = run("adapter: shuffled", passes.adapter(params, h[other]), own)[1]
         adapters["mean"] = run("adapter: mean", lambda at: mean_lora, own)[1]
     if adapter:
-        adapters["none"] = run("adapter: none", None, own)[1]
+        anew = rewritten | bool(config.warmup.actor_steps)  # `before` is of the actor as it was before its warm-up
+        adapters["none"] = run_some("adapter: none", None, *own, anew, bare)
+    moved = prompt[other], prompt_mask[other]
     prompts = {
         "own": after,
-        "shuffled": run_prompts("prompt: shuffled", prompt[other], prompt_mask[other]),
-        "initial": run_prompts("prompt: initial", rows.initial, rows.initial_mask),
+        "shuffled": run_some("prompt: shuffled", adapter, *moved, differs(*moved), after),
+        "initial": run_some("prompt: initial", adapter, rows.initial, rows.initial_mask, rewritten, after),
     }
 
     def summary(scores, which=index):

@@ -1,5 +1,6 @@
 """What evaluation and rollouts compute, against loops over single queries written here."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -121,6 +122,32 @@ def test_every_control_is_what_its_name_says(tuned):
     assert [p["prompt"] for p in predictions] == [Numbers().decode(prompt) for prompt in prompts]
     assert results["prompts"]["distinct"] == len(set(prompts_text := [p["prompt"] for p in predictions])) > 1
     assert results["prompts"]["share_initial"] == np.mean([text == "5 6" for text in prompts_text])
+
+
+@pytest.mark.parametrize("warmed", [False, True])
+def test_the_bare_actor_answers_the_initial_prompt_once_unless_it_was_warmed_up(tuned, monkeypatch, warmed):
+    setup, frozen, params, passes, rows = tuned
+    index = np.arange(len(rows))
+    written = passes.write(params, rows, index)
+    kept = index % 2 == 0  # the queries for which the generator writes the initial prompt
+    initial = [np.where(kept[:, None], of_query, first) for of_query, first in zip(written[1:], (rows.initial, rows.initial_mask))]
+    rows = dataclasses.replace(rows, initial=initial[0], initial_mask=initial[1])
+    before = evaluate.answer_before(passes, rows, Numbers(), score)
+    if warmed:
+        config = dataclasses.replace(setup.config, warmup=dataclasses.replace(setup.config.warmup, actor_steps=1))
+        monkeypatch.setattr(passes, "setup", dataclasses.replace(setup, config=config))
+    asked, answer = {}, passes.answer
+
+    def spy(rows, index, *arguments, what="answering", **options):
+        asked[what] = list(index)
+        return answer(rows, index, *arguments, what=what, **options)
+
+    monkeypatch.setattr(passes, "answer", spy)
+    results, _ = evaluate.evaluate(passes, params, rows, rows, Numbers(), score, before)
+    assert asked["adapter: none"] == list(index if warmed else index[~kept])
+    alone = Alone(setup, frozen, params, rows)
+    expected = [score(alone.answer(i, None, alone.write(i)[1]), example).strict for i, example in enumerate(rows.examples)]
+    assert results["adapter"]["none"]["mean"] == pytest.approx(np.mean(expected))
 
 
 def test_the_prompt_with_the_best_answer_wins_and_is_what_the_next_batch_learns(tuned, tmp_path):
