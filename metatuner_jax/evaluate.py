@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from metatuner_jax import tasks
+
 
 def interval(scores, num_bootstrap: int, seed: int = 0) -> dict:
     """Returns {mean, ci95, n}: the mean of per-query scores and its 95% interval by the percentile bootstrap over queries."""
@@ -94,7 +96,7 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
     own = (prompt, prompt_mask)
     rewritten = differs(rows.initial, rows.initial_mask)
     texts = [line["answer"] for line in before]
-    bare = after = [score(text, example) for text, example in zip(texts, rows.examples)]
+    bare = after = [tasks.Score(line["score"], line["flexible"]) for line in before]
     if method.learns or rewritten.any():
         texts, after = run("after", adapter, own)
     adapters = dict.fromkeys(("own", "shuffled", "mean", "none"), after)
