@@ -39,10 +39,10 @@ def answer(
     )  # fmt: skip
 
 
-def answer_logits(
+def log_likelihoods(
     setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask, answer, prompt_embedding=None
-) -> Float[Array, "b m v"]:
-    """Returns the scores, float32, of each token of the given answers: [:, i] is for answer[:, i].
+) -> Float[Array, "b m"]:
+    """Returns the log-probability of each token of the given answers, float32, in nats.
 
     Args:
       prompt_embedding: [b, p, d] in place of the prompt tokens' own (see `generator.relaxed_prompt`).
@@ -59,11 +59,10 @@ def answer_logits(
         x = jax.lax.dynamic_update_slice(x, prompt_embedding.astype(x.dtype), (0, len(setup.prefix), 0))
     context = transformer.make_context(c, transformer.positions_of(mask), transformer.causal(mask))
     x, _ = transformer.run(c, frozen.actor["layers"], x, context, loras, remat=setup.config.train.remat)
-    return transformer.logits(c, frozen.actor, x[:, start - 1 :])
+    return transformer.log_likelihoods(c, frozen.actor, x[:, start - 1 :], answer)
 
 
 def log_likelihood(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask, answer, answer_mask) -> Float[Array, " b"]:
     """Returns the mean log-likelihood of each answer, in nats per token, its end token included."""
-    scores = jax.nn.log_softmax(answer_logits(setup, frozen, loras, prompt, prompt_mask, query, query_mask, answer), axis=-1)
-    token = jnp.take_along_axis(scores, answer[..., None], axis=-1)[..., 0]
-    return jnp.sum(token * answer_mask, axis=1) / jnp.maximum(jnp.sum(answer_mask, axis=1), 1)
+    tokens = log_likelihoods(setup, frozen, loras, prompt, prompt_mask, query, query_mask, answer)
+    return jnp.sum(tokens * answer_mask, axis=1) / jnp.maximum(jnp.sum(answer_mask, axis=1), 1)

@@ -144,9 +144,10 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What happens to rows that do not fit."""
+    """What happens to rows that do not fit, and to columns that are not needed."""
 
     too_long: str = _field("drop", "'drop' or 'cut' a query or answer longer than its limit; both are counted")
+    buckets: int = _field(4, "widths of a batch, of which it takes the least that holds its rows; each is compiled when it first comes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +243,7 @@ def check(config: Config) -> None:
         "rollout": ("num_queries", "num_prompts", "budget", "search_rounds", "search_prompts"),
         "preference": ("num_samples",),
         "eval": ("batch_size", "num_mean", "num_bootstrap"),
+        "data": ("buckets",),
         "mesh": ("data", "fsdp", "tensor"),
         "task": ("num_train", "num_validation", "num_test"),
     }

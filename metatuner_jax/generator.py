@@ -334,21 +334,52 @@ def write(
 
 
 def relaxed_prompt(
-    setup: Setup, logits: Float[Array, "b m v"], sampled: decode.Sampled, embedding: Float[Array, "v d"], allowed, key, rows,
+    setup: Setup, weights: dict, states: Float[Array, "b m d"], sampled: decode.Sampled, frozen: Frozen, key, rows,
     temperature: float | Float[Array, ""],
-) -> Float[Array, "b m d"]:
+) -> Float[Array, "b m o"]:
     """Returns the sampled prompt as the actor reads it: the value of its tokens, the gradient of their softmax.
 
     `E[s] + soft - stop_gradient(soft)` with `soft = softmax((logits + noise) / temperature) E`, and the noise with which `decode.pick`
-    took s, temperature times a Gumbel. The end token and padding are zero and have no gradient.
+    took s, temperature times a Gumbel. The end token and padding are zero and have no gradient. The softmax is made in the backward
+    pass alone, for a few tokens at a time.
+
+    Args:
+      weights: the generator's parameters as `transformer` takes them.
+      states: the packed pass's last states for the sampled prompt.
 
     Source: straight-through Gumbel-softmax, Jang et al. 2017 (arXiv 1611.01144), section 2.2.
     """
-    m = logits.shape[1]
-    noise = jax.vmap(lambda i: decode.gumbel(key, rows, i, logits.shape[-1]), out_axes=1)(jnp.arange(m))
-    logits = jnp.where(allowed, logits, -1e30)
-    soft = jax.nn.softmax(logits / temperature + noise, axis=-1).astype(embedding.dtype)
-    soft = jnp.einsum("bmv,vd->bmd", soft, embedding, preferred_element_type=jnp.float32)
-    hard = embedding[sampled.tokens].astype(jnp.float32)
+    embedding = frozen.actor["embed"]["embedding"]
+    places = jnp.broadcast_to(jnp.arange(states.shape[1]), states.shape[:2])
+
+    def soft(states, weights):
+        def of_chunk(states, places):
+            noise = jax.vmap(lambda i: decode.gumbel(key, rows, i, embedding.shape[0]), out_axes=1)(places[0])
+            logits = jnp.where(frozen.allowed, transformer.logits(setup.generator, weights, states), -1e30)
+            chosen = jax.nn.softmax(logits / temperature + noise, axis=-1).astype(embedding.dtype)
+            return jnp.einsum("bmv,vd->bmd", chosen, embedding, preferred_element_type=jnp.float32)
+
+        return transformer.in_chunks(of_chunk, states, places)
+
     words = sampled.mask & (sampled.tokens != setup.end_id)
-    return jnp.where(words[..., None], hard + soft - jax.lax.stop_gradient(soft), 0.0).astype(embedding.dtype)
+    hard = jnp.where(words[..., None], embedding[sampled.tokens].astype(jnp.float32), 0.0)
+    head = "head" if "head" in weights else "embed"
+    moved = _gradient_of(soft, states, {"norm": weights["norm"], head: weights[head]})
+    return (hard + jnp.where(words[..., None], moved, 0.0)).astype(embedding.dtype)
+
+
+def _gradient_of(function, *args):
+    """Returns zero, with the gradient of function(*args), which is worked out in the backward pass alone."""
+
+    @jax.custom_vjp
+    def zero(*args):
+        return jnp.zeros_like(jax.eval_shape(function, *args))
+
+    def forward(*args):
+        return zero(*args), args
+
+    def backward(args, gradient):
+        return jax.vjp(function, *args)[1](gradient)
+
+    zero.defvjp(forward, backward)
+    return zero(*args)

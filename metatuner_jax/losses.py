@@ -2,24 +2,21 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from metatuner_jax import actor, generator, lora, transformer
 
 
-def token_loss(logits: Float[Array, "b t v"], targets: Int[Array, "b t"], weights: Float[Array, "b t"]) -> Float[Array, ""]:
+def token_loss(log_likelihoods: Float[Array, "b t"], weights: Float[Array, "b t"]) -> Float[Array, ""]:
     """Returns the mean cross-entropy of the targets, in nats per weighted token.
 
     One mean over the whole batch, not a mean of row means: a long answer counts for more than a short one.
 
     Args:
-      logits: score of each target, already shifted: logits[:, i] is for targets[:, i].
+      log_likelihoods: of each target.
       weights: 1 where a token counts; 0 on padding.
     """
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    loss = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
-    return jnp.sum(loss) / jnp.maximum(jnp.sum(weights), 1.0)
+    return -jnp.sum(log_likelihoods * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
 def task_loss(setup, frozen, loras, batch, prompt, prompt_mask, prompt_embedding=None) -> Float[Array, ""]:
@@ -27,10 +24,10 @@ def task_loss(setup, frozen, loras, batch, prompt, prompt_mask, prompt_embedding
 
     Source: MetaTuner (arXiv 2509.24245), the task term of its joint objective.
     """
-    logits = actor.answer_logits(
+    found = actor.log_likelihoods(
         setup, frozen, loras, prompt, prompt_mask, batch["query"], batch["query_mask"], batch["answer"], prompt_embedding
     )
-    return token_loss(logits, batch["answer"], batch["answer_mask"].astype(jnp.float32))
+    return token_loss(found, batch["answer_mask"].astype(jnp.float32))
 
 
 def prompt_loss(setup, weights, states, batch) -> Float[Array, ""]:
@@ -42,8 +39,8 @@ def prompt_loss(setup, weights, states, batch) -> Float[Array, ""]:
       weights: the generator's parameters as `transformer` takes them.
       states: [b, m, d]: the packed pass's last states for the expert prompt.
     """
-    logits = transformer.logits(setup.generator, weights, states)
-    return token_loss(logits, batch["expert"], batch["expert_mask"].astype(jnp.float32))
+    found = transformer.log_likelihoods(setup.generator, weights, states, batch["expert"])
+    return token_loss(found, batch["expert_mask"].astype(jnp.float32))
 
 
 TERMS = ("task", "prompt")
@@ -96,9 +93,7 @@ def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TER
             metrics["expert_tokens"] = jnp.sum(batch["expert_mask"])
             tokens += metrics["expert_tokens"]
         if task and relaxed:
-            logits = transformer.logits(setup.generator, weights, states[-1])
-            source = frozen.actor["embed"]["embedding"]
-            embedding = generator.relaxed_prompt(setup, logits, sampled, source, frozen.allowed, key, rows, temperature)
+            embedding = generator.relaxed_prompt(setup, weights, states[-1], sampled, frozen, key, rows, temperature)
     if task:
         loras = adapter(setup, params, frozen, query, templated)
         losses["task"] = task_loss(setup, frozen, loras, batch, *prompts, embedding)

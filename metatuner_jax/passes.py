@@ -47,7 +47,7 @@ class Passes:
         """Returns the queries' states at layer k, float32 [n, d]."""
         self.tokens += int(rows.generator_mask[index].sum())
         run = lambda at, *batch: self._encode(params, self.frozen, *batch)
-        return self._batched("reading queries", len(index), self._queries(rows, index), run)
+        return self._batched("reading queries", rows.generator_mask[index], self._queries(rows, index), run)
 
     def write(self, params, rows, index, key=None, temperature: float = 0.0, copies: int = 1) -> Written:
         """Returns prompts, greedy without a key, or `copies` samples a query, which is read once for all of them.
@@ -62,7 +62,7 @@ class Passes:
             h, sampled = self._write(copies, params, self.frozen, *batch, *noise)
             return h, *(leaf.reshape(len(at), copies, -1) for leaf in (sampled.tokens, sampled.mask))
 
-        h, tokens, mask = self._batched("writing prompts", len(index), self._queries(rows, index), run, size)
+        h, tokens, mask = self._batched("writing prompts", rows.generator_mask[index], self._queries(rows, index), run, size)
         self.tokens += int(rows.generator_mask[index].sum()) * (2 if "encoder" in params else 1) + int(mask.sum())
         return Written(h, *(leaf.reshape(len(index) * copies, -1) for leaf in (tokens, mask)))
 
@@ -90,7 +90,7 @@ class Passes:
         return lambda at: loras
 
     def _queries(self, rows, index):
-        return lambda at: (rows.generator[index[at]], rows.generator_mask[index[at]], rows.own[index[at]])
+        return lambda at: {name: getattr(rows, name)[index[at]] for name in ("generator", "generator_mask", "own")}
 
     def adapt(self, hyper, h: np.ndarray):
         """Returns the LoRA that the hypernetwork writes for states h [n, d]."""
@@ -124,27 +124,34 @@ class Passes:
             return Answered(sampled.tokens, sampled.mask, sampled.first, likelihood)
 
         def part(at):
-            row = index[at]
-            reference = (rows.answer[row], rows.answer_mask[row]) if weigh else ()
-            return prompt[at], prompt_mask[at], rows.query[row], rows.query_mask[row], *reference
+            names = ("query", "query_mask", *(("answer", "answer_mask") if weigh else ()))
+            return {"prompt": prompt[at], "prompt_mask": prompt_mask[at], **{name: getattr(rows, name)[index[at]] for name in names}}
 
-        answered = self._batched(what, len(index), part, run)
+        answered = self._batched(what, rows.query_mask[index], part, run)
         words = int((prompt_mask & (prompt != self.setup.end_id)).sum())
         self.tokens += len(index) * len(self.setup.prefix) + words + int(rows.query_mask[index].sum()) + int(answered.mask.sum())
         return answered
 
-    def _batched(self, what, count, part, run, batch_size=None):
-        """Returns run(places, *part(places)) over all places, in batches of one size, the last filled up with its last row."""
-        batch_size = batch_size or self.batch_size
-        outputs = []
+    def _batched(self, what, masks, part, run, batch_size=None):
+        """Returns run(places, *part(places).values()) over all places, in batches of one size, the last filled up with its last row.
+
+        Rows of a length go together, so that a batch of short ones is trimmed; what comes back is in the order of the places.
+
+        Args:
+          masks: bool [n, t], the real tokens of each place's query.
+          part: from places to the arrays that `run` takes, by name.
+        """
+        batch_size, count, buckets = batch_size or self.batch_size, len(masks), self.setup.config.data.buckets
+        order, outputs = np.argsort(masks.sum(axis=1), kind="stable"), []
         with self.progress.task(what, count) as advance:
             for start in range(0, count, batch_size):
-                at = np.minimum(np.arange(start, start + batch_size), count - 1)
-                result = run(at, *sharding.place_rows(part(at), self.mesh))
+                at = order[np.minimum(np.arange(start, start + batch_size), count - 1)]
+                result = run(at, *sharding.place_rows(tuple(data.trim(part(at), buckets).values()), self.mesh))
                 size = min(batch_size, count - start)
                 outputs.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:size], result))
                 advance(size)
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
+        back = np.argsort(order)
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *outputs)
 
 
 # --- what is compiled ---

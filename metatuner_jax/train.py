@@ -281,7 +281,8 @@ class Trainer:
                 turn = phase.turn_at(step)
                 if (phase.name, turn) not in compiled:
                     compiled[phase.name, turn] = make_train_step(phase.turns[turn][0], config.train, phase, phase.turns[turn][1])
-                batch = sharding.place_rows(self.batch_at(phase, step), self.passes.mesh)
+                batch = data.trim(self.batch_at(phase, step), self.config.data.buckets)
+                batch = sharding.place_rows(batch, self.passes.mesh)
                 if phase.name == "joint" and self.diagnoses(step - phase.first):
                     share = share or make_gradient_share(self.setup, phase)
                     extra["task_gradient_share"] = float(share(state, self.passes.frozen, batch, self.keys["step"]))

@@ -226,6 +226,44 @@ def logits(config: ModelConfig, params: dict, x: Float[Array, "b t d"]) -> Float
     return jnp.einsum("btd,vd->btv", x.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
 
+SCORED_TOKENS = 32  # of each row, whose scores are alive at once
+
+
+def in_chunks(function, *arrays):
+    """Returns function(*arrays) of arrays [b, t, ...], worked out for a few tokens of each row at a time, again in the backward pass.
+
+    What `function` makes on its way, such as scores [b, t, v], is alive for these tokens alone. It must treat every token by itself.
+    """
+    function, t = jax.checkpoint(function), arrays[0].shape[1]
+    if t <= SCORED_TOKENS:
+        return function(*arrays)
+    count = -(-t // SCORED_TOKENS)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * SCORED_TOKENS - t)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, SCORED_TOKENS, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+
+    return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), tuple(split(x) for x in arrays)))
+
+
+def log_likelihoods(config: ModelConfig, params: dict, x: Float[Array, "b t d"], targets: Int[Array, "b t"]) -> Float[Array, "b t"]:
+    """Returns the log-probability of each target, float32, in nats, without keeping the scores of all words.
+
+    Args:
+      x: the residual stream after the last layer: x[:, i] is what targets[:, i] is predicted from.
+    """
+
+    def of_chunk(x, targets):
+        scores = logits(config, params, x)
+        return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(scores, axis=-1)
+
+    return in_chunks(of_chunk, x, targets)
+
+
 def forward(config: ModelConfig, params: dict, tokens, mask=None, loras=None, remat: bool = False) -> Float[Array, "b t v"]:
     """Returns the scores of each next token, float32 [b, t, v]; what stands on padding is finite and means nothing.
 

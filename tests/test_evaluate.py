@@ -48,8 +48,8 @@ def make_rows(count):
 
 @pytest.fixture(scope="module")
 def tuned(networks):
-    """(setup, frozen, params, passes, rows), batches of 4 over 7 rows: the last one is filled up."""
-    setup = make_setup(eval={"batch_size": 4, "num_mean": 5, "num_bootstrap": 50}, rollout={"every": 2, "num_queries": 3, "num_prompts": 2})
+    """(setup, frozen, params, passes, rows), batches of 4 over 7 rows, the last one filled up, those of short rows trimmed."""
+    setup = make_setup(data={"buckets": 42}, eval={"batch_size": 4, "num_mean": 5, "num_bootstrap": 50}, rollout={"every": 2, "num_queries": 3, "num_prompts": 2})
     frozen, params = networks(setup)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     return setup, frozen, params, Passes(setup, frozen, mesh, 4, Progress(io.StringIO())), make_rows(7)

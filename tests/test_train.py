@@ -45,6 +45,45 @@ def test_the_step_is_traced_once_and_lowers_the_loss(networks, batch):
     assert metrics[0]["delta_norm"] == 0 and metrics[-1]["delta_norm"] > 0
 
 
+def widened(batch, factor):
+    """Returns a batch with columns of padding, as many times as wide in queries and answers."""
+    wide = dict(batch)
+    for name in ("generator", "generator_mask", "own", "query", "query_mask", "answer", "answer_mask"):
+        more = (factor - 1) * batch[name].shape[1]
+        wide[name] = np.pad(batch[name], ((0, 0), (0, more) if name.startswith("answer") else (more, 0)))
+    return wide
+
+
+def test_a_batch_is_trimmed_to_the_least_bucket_that_holds_it(batch):
+    wide = widened(batch, 4)
+    assert {name: leaf.shape[1] for name, leaf in wide.items() if name in ("generator", "own", "query", "answer")} == {
+        "generator": 24, "own": 24, "query": 28, "answer": 16,
+    }  # fmt: skip
+    trimmed = data.trim(wide, 4)
+    assert trimmed.keys() == batch.keys()
+    for name, leaf in batch.items():
+        np.testing.assert_array_equal(trimmed[name], leaf)
+    wide["query_mask"][2, -8] = True  # one token more than the first bucket holds: all parts take the second
+    assert {name: leaf.shape[1] for name, leaf in data.trim(wide, 4).items()} == {
+        "generator": 12, "generator_mask": 12, "own": 12, "query": 14, "query_mask": 14, "answer": 8, "answer_mask": 8,
+        "expert": 5, "expert_mask": 5, "initial": 5, "initial_mask": 5,
+    }  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, data.trim(wide, 1), wide)
+
+
+def test_the_step_compiles_once_a_bucket_and_padding_changes_nothing(networks, batch):
+    setup, traces = make_setup(), []
+    frozen, params = networks(setup)
+    step, wide = make_step(setup, traces), widened(batch, 4)
+    fresh = lambda: train.init_state(setup, jax.tree.map(jnp.array, params))
+    buckets = [data.trim(wide, count) for count in (4, 2, 1, 2, 4, 4)]
+    states, metrics = zip(*(run_steps(step, fresh(), frozen, one, 1) for one in buckets))
+    assert len(traces) == 3
+    for state, (found,) in zip(states[1:3], metrics[1:3]):
+        for name in ("task_loss", "prompt_loss", "grad_norm"):
+            assert found[name] == pytest.approx(metrics[0][0][name], rel=2e-4)
+
+
 def test_the_copy_follows_the_prompt_decoder_at_multiples_of_sync_every(networks, batch):
     setup = make_setup(train={"sync_every": 3, "learning_rate": 1e-2})
     frozen, params = networks(setup)

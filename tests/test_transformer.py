@@ -72,6 +72,22 @@ def test_remat_changes_nothing(params, tokens):
     np.testing.assert_allclose(plain, remat, atol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [3, 7, 32])
+def test_log_likelihoods_and_their_gradients_are_those_of_all_scores_at_once(params, monkeypatch, at_once):
+    monkeypatch.setattr(transformer, "SCORED_TOKENS", at_once)
+    rng = np.random.default_rng(3)
+    x, targets = jnp.array(rng.normal(size=(2, 7, ACTOR.width)), jnp.float32), jnp.array(rng.integers(0, ACTOR.vocab_size, (2, 7)))
+    weights = jnp.array(rng.normal(size=(2, 7)), jnp.float32)
+
+    def expected(x, params):
+        scores = jax.nn.log_softmax(transformer.logits(ACTOR, params, x), axis=-1)
+        return jnp.sum(weights * jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0])
+
+    found = lambda x, params: jnp.sum(weights * transformer.log_likelihoods(ACTOR, params, x, targets))
+    pairs = (jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(x, params) for function in (found, expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *pairs)
+
+
 @pytest.mark.parametrize("holes", [(0, 1), (7, 8), (3, 5)], ids=["left", "right", "middle"])
 def test_padding_anywhere_changes_no_real_token(params, tokens, holes):
     mask = np.ones(9, bool)

