@@ -92,7 +92,7 @@ class TrainConfig:
     sync_every: int = _field(10, "steps between copies of the prompt decoder into its frozen copy")
     alternate_every: int = _field(10, "metatuner_i: steps of one term before the other's turn")
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
-    remat: bool = _field(False, "recompute each layer's activations in the backward pass: less memory, more time")
+    remat: str = _field("products", "what the backward pass makes again: 'none'; all but large matrix 'products'; 'all' of a layer, for the least memory")
     diagnose_every: int = _field(50, "steps between measurements of each term's share of the gradient, a backward pass more; 0: never")
     max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
 
@@ -227,6 +227,7 @@ def check(config: Config) -> None:
     _one_of("hyper.pool", config.hyper.pool, ("last", "mean"))
     _one_of("train.prompt_gradient", config.train.prompt_gradient, ("none", "straight_through"))
     _one_of("train.decay", config.train.decay, ("cosine", "constant"))
+    _one_of("train.remat", config.train.remat, ("none", "products", "all"))
     _one_of("data.too_long", config.data.too_long, ("drop", "cut"))
     for section in ("generator", "hyper", "warmup"):
         targets = getattr(config, section).targets

@@ -65,7 +65,7 @@ def pick(logits: Float[Array, "b v"], noise, temperature, top_p, allowed: Bool[A
 
 
 def prefill(
-    config: ModelConfig, params: dict, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], loras=None, remat: bool = False
+    config: ModelConfig, params: dict, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], loras=None, remat: str = "none"
 ) -> Prefill:
     """Reads rows, for `sample` or `follow`.
 
@@ -73,7 +73,7 @@ def prefill(
       x: the tokens' embeddings (`transformer.embed`). The last column is real in every row: padding stands on the left, or in holes
         before it.
       loras: as in `transformer.forward`.
-      remat: recompute activations in the backward pass.
+      remat: as `train.remat`.
     """
     transformer.check_window(config, x.shape[1])
     context = transformer.make_context(config, transformer.positions_of(mask), transformer.causal(mask))
@@ -81,7 +81,7 @@ def prefill(
     return Prefill(mask, x[:, -1:], past)
 
 
-def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=None, remat: bool = False) -> list:
+def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=None, remat: str = "none") -> list:
     """Returns, for each segment, the last states [b, m, d] from which its tokens are predicted where it comes right after the rows.
 
     Every segment sees the rows and itself, and no other; all begin at the position after the row. One differentiable pass for all.
@@ -89,7 +89,7 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
     Args:
       segments: pairs (tokens, mask), int and bool [b, m], padding on the right. A segment's last token is predicted and not read.
       loras: as in `transformer.forward`, and those with which the rows were read.
-      remat: recompute activations in the backward pass.
+      remat: as `train.remat`.
     """
     b, t = start.mask.shape
     sizes = [tokens.shape[1] - 1 for tokens, _ in segments]

@@ -96,17 +96,21 @@ class Block(nn.Module):
         return (x, cache, layer + 1), own
 
 
+# What the backward pass finds kept. Of products, those with the layers' own weights: not attention, and not a LoRA of each row.
+REMAT = {"products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "all": jax.checkpoint_policies.nothing_saveable}
+
+
 class Stack(nn.Module):
     """Layers run one after the other by a scan; every parameter, LoRA and past key has a leading layer axis."""
 
     config: ModelConfig
     num_layers: int
-    remat: bool = False
+    remat: str = "none"
     keep: bool = False
 
     @nn.compact
     def __call__(self, x, context, loras=None, cache=None, past=None):
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         scan = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=self.num_layers
         )
@@ -196,7 +200,7 @@ def embed(embedding: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype) -> F
     return embedding[tokens].astype(dtype)
 
 
-def run(config, layers, x, context, loras=None, caches=None, past=None, keep=False, remat=False):
+def run(config, layers, x, context, loras=None, caches=None, past=None, keep=False, remat="none"):
     """Returns the residual stream after all layers, and a tuple of caches, one a stack: those written, or with `keep` the tokens' own.
 
     Args:
@@ -205,6 +209,7 @@ def run(config, layers, x, context, loras=None, caches=None, past=None, keep=Fal
       caches: None, or a tuple of caches, to be written in place at column `context.start`: what decoding takes.
       past: None, or a tuple of caches whose columns stand before the tokens' own: what a differentiable pass takes.
       keep: return the keys and values of the tokens themselves, as `past` takes them.
+      remat: as `train.remat`.
     """
     stacks = layers if isinstance(layers, tuple) else (layers,)
     sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
@@ -264,7 +269,7 @@ def log_likelihoods(config: ModelConfig, params: dict, x: Float[Array, "b t d"],
     return in_chunks(of_chunk, x, targets)
 
 
-def forward(config: ModelConfig, params: dict, tokens, mask=None, loras=None, remat: bool = False) -> Float[Array, "b t v"]:
+def forward(config: ModelConfig, params: dict, tokens, mask=None, loras=None, remat: str = "none") -> Float[Array, "b t v"]:
     """Returns the scores of each next token, float32 [b, t, v]; what stands on padding is finite and means nothing.
 
     Args:

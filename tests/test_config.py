@@ -31,11 +31,11 @@ def test_the_tree_and_the_dataclasses_are_the_same():
 
 def test_every_leaf_can_be_overridden_by_its_type():
     found = parsed(
-        "task.options.question='0'", "train.num_steps=20", "train.learning_rate=3", "hyper.targets=q,down", "generator.num_shared=none", "train.remat=true",
+        "task.options.question='0'", "train.num_steps=20", "train.learning_rate=3", "hyper.targets=q,down", "generator.num_shared=none", "hyper.standardize=true",
         "task.train=rows.jsonl", "task.options.min_words=3", "task.options.metric=contains", "seed=7", "mesh.data=2",
     )  # fmt: skip
     assert found.train.num_steps == 20 and found.train.learning_rate == 3.0 and found.hyper.targets == ("q", "down")
-    assert found.generator.num_shared is None and found.train.remat is True and found.task.train == "rows.jsonl"
+    assert found.generator.num_shared is None and found.hyper.standardize is True and found.task.train == "rows.jsonl"
     assert found.task.options == {"question": "0", "min_words": 3, "metric": "contains"} and found.seed == 7 and found.mesh.data == 2
 
 
@@ -46,7 +46,7 @@ def test_every_leaf_can_be_overridden_by_its_type():
         ("tran.num_steps=3", r"config has no 'tran'; did you mean 'train'"),
         ("train.num_steps=ten", r"config.train.num_steps='ten' must be a whole number"),
         ("train.num_steps=none", r"must be a whole number"),
-        ("train.remat=maybe", r"must be true or false"),
+        ("hyper.standardize=maybe", r"must be true or false"),
         ("train=3", r"config.train is a section"),
         ("seed.x=3", r"config.seed is a value, not a section"),
         ("task.options=3", r"config.task.options is a section"),
@@ -80,6 +80,7 @@ def test_trees_with_unknown_missing_or_mistyped_keys_are_refused():
         ("generator.num_shared=0", "generator.num_shared=0 must lie strictly between"),
         ("train.prompt_gradient=straight", "did you mean 'straight_through'"),
         ("hyper.targets=q,qq", "hyper.targets='qq' is not one of"),
+        ("train.remat=false", "train.remat='false' is not one of none, products, all"),
         ("hyper.targets=q,q", "each once"),
         ("train.learning_rate=nan", "train.learning_rate=nan must be a finite number above 0"),
         ("train.prompt_weight=-1", "train.prompt_weight=-1.0 must be"),
