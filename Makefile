@@ -1,4 +1,4 @@
-# make quickstart | test | smoke | parity | check;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
+# make quickstart | test | smoke | parity | check | bench;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
 VENV ?= .venv
@@ -8,7 +8,7 @@ endif
 BIN = $(VENV)/bin
 SOURCES = setup.cfg pyproject.toml
 
-.PHONY: quickstart test smoke parity check clean
+.PHONY: quickstart test smoke parity check bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart
@@ -27,6 +27,10 @@ parity: $(VENV)/.installed-test
 check: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet ruff
 	$(BIN)/python -m ruff check .
+
+# Every part of the work timed; `make bench BENCH="--against torch"` beside a reference in torch (pip install -e .[bench]).
+bench: $(VENV)/.installed
+	$(BIN)/python -m experiments.bench $(BENCH)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
