@@ -11,10 +11,10 @@ takes turns, round by round, and medians are compared.
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from experiments import compare
+from experiments import run as run_lib
 from metatuner_jax import config as config_lib
 from metatuner_jax.config import ModelConfig, projection_widths
 
@@ -54,12 +56,15 @@ class Work:
     batch: dict  # of a step, numpy
 
     def step(self):
-        """Returns (train_step, state) at the first step of the joint phase."""
+        """Returns (train_step, state) at the first step of the joint phase; the state is the step's own, to be donated."""
+        import jax
+
         from metatuner_jax import train
 
         phase = train.phases(self.setup)[0]
         loss, parts = phase.turns[0]
-        return train.make_train_step(loss, self.setup.config.train, phase, parts), train.init_state(self.setup, self.params)
+        state = jax.tree.map(lambda leaf: leaf.copy(), train.init_state(self.setup, self.params))
+        return train.make_train_step(loss, self.setup.config.train, phase, parts), state
 
 
 def make_work(model: str, dtype: str, batch_size: int, train: str = "lora") -> Work:
@@ -295,7 +300,6 @@ def _step(train="lora", prompt_gradient="none"):
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, prompt_gradient=prompt_gradient))
         work = dataclasses.replace(work, setup=dataclasses.replace(work.setup, config=config))
         step, state = work.step()
-        state = jax.tree.map(lambda leaf: leaf.copy(), state)  # the step is given its state to keep
         key = jax.random.key(3)
         began = time.perf_counter()
         program = step.lower(state, work.frozen, work.batch, key).compile()
@@ -403,12 +407,17 @@ def ceilings(dtype: str) -> dict:
     return {"flops_per_s": 2 * size**3 / best["product"], "bytes_per_s": 2 * big.size / best["copy"]}
 
 
+def spread(seconds: list[float]) -> dict:
+    """Returns the median, the least and the most of some times."""
+    return {"median_s": statistics.median(seconds), "least_s": min(seconds), "most_s": max(seconds), "rounds": len(seconds)}
+
+
 def describe(part: Part, seconds: list[float], ceiling: dict) -> dict:
     """Returns what is to be said of a part."""
-    median = statistics.median(seconds)
-    found = {
-        "median_s": median, "least_s": min(seconds), "most_s": max(seconds), "rounds": len(seconds), "tokens_per_s": part.tokens / median,
-        "flops_per_s": part.flops / median, "share_of_product": part.flops / median / ceiling["flops_per_s"],
+    found = spread(seconds)
+    median = found["median_s"]
+    found |= {
+        "tokens_per_s": part.tokens / median, "flops_per_s": part.flops / median, "share_of_product": part.flops / median / ceiling["flops_per_s"],
         "compile_s": part.compile_s, "temporary_bytes": part.temporary,
     }  # fmt: skip
     if part.moved:
@@ -425,7 +434,7 @@ class Peak:
     def __enter__(self):
         import jax
 
-        self.device = jax.local_devices()[0].memory_stats() if "jax" in sys.modules else None
+        self.device = jax.local_devices()[0].memory_stats()
         self.first = self.most = _resident()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -478,7 +487,6 @@ def in_child(given) -> dict:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     work = make_work(given.model, dtype, given.batch_size, train)
     step, state = work.step()
-    state = jax.tree.map(lambda leaf: leaf.copy(), state)
     del work.params
     key, ready = jax.random.key(3), time.perf_counter()
     traced = step.lower(state, work.frozen, work.batch, key)
@@ -512,8 +520,8 @@ def measure(given) -> dict:
 
     device = jax.devices()[0]
     found = {
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "device": device.device_kind, "devices": jax.device_count()},
-        "versions": _versions(), "settings": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
+        "machine": {"host": compare.machine(), "device": device.device_kind, "devices": jax.device_count()},
+        "versions": run_lib.versions(), "settings": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
         "parts": {}, "torch": {}, "ceilings": {}, "ratios": {},
     }  # fmt: skip
     for dtype in given.dtypes:
@@ -528,16 +536,15 @@ def measure(given) -> dict:
                 from experiments import bench_torch
 
                 theirs = bench_torch.make_runs(work, names)
+                found["versions"] |= bench_torch.versions()
             seconds = rounds({**{name: part.run for name, part in parts.items()}, **theirs}, given.rounds)
             for name, part in parts.items():
                 found["parts"][dtype][name] = describe(part, seconds[name], found["ceilings"][dtype])
-            for name in theirs:
-                times = seconds[name]
-                found["torch"][dtype][name] = {"median_s": statistics.median(times), "least_s": min(times), "most_s": max(times), "rounds": len(times)}
-            say(found, dtype, names)
+            found["torch"][dtype] |= {name: spread(seconds[name]) for name in theirs}
+            say(found, dtype, names, theirs)
             del work, parts, theirs
-    if given.children:
-        dtype = best(found["parts"], "step_lora")[0] if any("step_lora" in p for p in found["parts"].values()) else given.dtypes[0]
+    if given.children and "step_lora" in given.parts:
+        dtype = best(found["parts"], "step_lora")[0]
         found["starts"] = starts(given, dtype)
         found["memory"] = {"ours": child("memory", given, dtypes=dtype)["bytes"]}
         if given.against == "torch":
@@ -582,8 +589,8 @@ def ratios(found: dict) -> dict:
     return made
 
 
-def say(found: dict, dtype: str, names) -> None:
-    """Prints the rows of the table that are new."""
+def say(found: dict, dtype: str, names, theirs) -> None:
+    """Prints the rows of the table that are new: of our parts and of torch's runs with these names."""
     ceiling = found["ceilings"][dtype]
     print(f"\n{dtype}: a large product {ceiling['flops_per_s'] / 1e9:.0f} GFLOP/s, a large copy {ceiling['bytes_per_s'] / 1e9:.1f} GB/s")
     print(f"{'part':<28}{'median s':>10}{'least':>9}{'most':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'of product':>11}{'GB/s':>7}{'temp MiB':>10}{'compile s':>10}")
@@ -594,29 +601,10 @@ def say(found: dict, dtype: str, names) -> None:
             f"{name:<28}{p['median_s']:>10.4f}{p['least_s']:>9.4f}{p['most_s']:>9.4f}{p['tokens_per_s']:>10.0f}{p['flops_per_s'] / 1e9:>9.1f}"
             f"{100 * p['share_of_product']:>10.0f}%{moved:>7}{p['temporary_bytes'] / 2**20:>10.0f}{p['compile_s']:>10.1f}"
         )
-    for name, p in found["torch"][dtype].items():
+    for name in theirs:
+        p = found["torch"][dtype][name]
         print(f"{name:<28}{p['median_s']:>10.4f}{p['least_s']:>9.4f}{p['most_s']:>9.4f}")
     sys.stdout.flush()
-
-
-def _cpu_name():
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def _versions():
-    import importlib.metadata
-
-    found = {"python": platform.python_version()}
-    for name in ("metatuner_jax", "jax", "jaxlib", "flax", "transformers", "torch", "peft"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def parse(arguments=None):
@@ -629,7 +617,7 @@ def parse(arguments=None):
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", choices=["torch"])
-    parser.add_argument("--children", type=int, choices=[0, 1], default=1, help="0: no memory and starts, which take processes of their own")
+    parser.add_argument("--children", type=int, choices=[0, 1], default=1, help="0: no memory and starts of step_lora, which take processes of their own")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--train", choices=["lora", "full"], default="lora", help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=["memory", "start", "torch_memory"], help=argparse.SUPPRESS)
@@ -637,6 +625,16 @@ def parse(arguments=None):
     for name in given.parts:
         if name not in PARTS:
             parser.error(f"--parts: {name!r} is none of {', '.join(PARTS)}{config_lib.nearest(name, PARTS)}")
+    missing = [name for name in ("torch", "peft") if given.against and importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"--against={given.against}: {' and '.join(missing)} not installed: pip install -e .[bench]")
+    if given.model not in SHAPES:
+        from metatuner_jax import pretrained
+
+        try:
+            pretrained.load_config(given.model)
+        except ValueError as error:
+            parser.error(f"--model={given.model!r} cannot be used: {error}")
     for dtype in given.dtypes:
         if dtype not in ("float32", "bfloat16"):
             parser.error(f"--dtypes: {dtype!r} is neither float32 nor bfloat16")
@@ -655,7 +653,7 @@ def main(arguments=None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     found = measure(given)
     print("\n" + "\n".join(f"{name:<18}{value:8.3f}" for name, value in found["ratios"].items()))
-    (given.out / "bench.json").write_text(json.dumps(found, indent=2) + "\n")
+    run_lib.write_json(given.out / "bench.json", found)
     print(f"\nEverything is in {given.out / 'bench.json'}")
     return 0
 

@@ -5,6 +5,7 @@ the weights for generator and actor, the static LoRA merged before sampling, sco
 """
 
 import contextlib
+import importlib.metadata
 
 import numpy as np
 import torch
@@ -266,6 +267,11 @@ def make_runs(work, names) -> dict:
     if "step_full" in names:
         runs["torch_step_full"] = reference.step
     return runs
+
+
+def versions() -> dict:
+    """Returns the versions of what is compared with."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "peft")}
 
 
 def check_losses(work, reference) -> None:

@@ -362,10 +362,10 @@ def relaxed_prompt(
         return transformer.in_chunks(of_chunk, states, places)
 
     words = sampled.mask & (sampled.tokens != setup.end_id)
-    hard = jnp.where(words[..., None], embedding[sampled.tokens].astype(jnp.float32), 0.0)
+    hard = embedding[sampled.tokens].astype(jnp.float32)
     head = "head" if "head" in weights else "embed"
     moved = _gradient_of(soft, states, {"norm": weights["norm"], head: weights[head]})
-    return (hard + jnp.where(words[..., None], moved, 0.0)).astype(embedding.dtype)
+    return jnp.where(words[..., None], hard + moved, 0.0).astype(embedding.dtype)
 
 
 def _gradient_of(function, *args):
