@@ -438,6 +438,7 @@ def test_ending_the_comparison_ends_its_run(number, tmp_path):
     program = (
         "import signal, sys; from experiments import compare\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background was told to ignore it
         f"compare.COMMAND = (sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)')\n"
         "sys.exit(compare.main(['--config=experiments/configs/quickstart.py', '--methods=metatuner_j', '--seeds=0',"
         f" '--workdir', {str(tmp_path / 'w')!r}]))\n"
