@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from metatuner_jax import product
+
 
 @flax.struct.dataclass
 class Lora:
@@ -20,8 +22,8 @@ def delta(x: Float[Array, "b t i"], lora: Lora) -> Float[Array, "b t o"]:
     """Returns what `lora`, of one layer, adds to the projection of `x`, without forming the [b, i, o] matrix."""
     a, b = lora.a.astype(x.dtype), lora.b.astype(x.dtype)
     if a.ndim == 2:
-        return jnp.einsum("btr,ro->bto", jnp.einsum("bti,ir->btr", x, a), b)
-    return jnp.einsum("btr,bro->bto", jnp.einsum("bti,bir->btr", x, a), b)
+        return product.einsum("btr,ro->bto", product.einsum("bti,ir->btr", x, a), b)
+    return product.einsum("btr,bro->bto", product.einsum("bti,bir->btr", x, a), b)
 
 
 def merge(layers: dict, loras: dict[str, Lora]) -> dict:

@@ -6,9 +6,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from metatuner_jax import lora as lora_lib
+from metatuner_jax import product
 from metatuner_jax.config import ModelConfig, projection_widths
 
 
@@ -53,7 +55,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x, lora):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        y = jnp.einsum("bti,io->bto", x, kernel.astype(x.dtype))
+        y = checkpoint_name(product.einsum("bti,io->bto", x, kernel.astype(x.dtype)), "product")
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32).astype(x.dtype)
         return y if lora is None else y + lora_lib.delta(x, lora)
@@ -96,8 +98,8 @@ class Block(nn.Module):
         return (x, cache, layer + 1), own
 
 
-# What the backward pass finds kept. Of products, those with the layers' own weights: not attention, and not a LoRA of each row.
-REMAT = {"products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "all": jax.checkpoint_policies.nothing_saveable}
+# What the backward pass finds kept. Of products, those with the layers' own weights: neither attention's nor a LoRA's.
+REMAT = {"products": jax.checkpoint_policies.save_only_these_names("product"), "all": jax.checkpoint_policies.nothing_saveable}
 
 
 class Stack(nn.Module):
@@ -159,10 +161,10 @@ def attention(q: Float[Array, "b n t h"], k: Float[Array, "b m s h"], v: Float[A
     b, n, t, h = q.shape
     m = k.shape[1]
     q = q.reshape(b, m, n // m, t, h)
-    scores = jnp.einsum("bmgth,bmsh->bmgts", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = product.einsum("bmgth,bmsh->bmgts", q, k, jnp.float32) * h**-0.5
     scores = jnp.where(attend[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bmgts,bmsh->bmgth", weights, v).reshape(b, n, t, h)
+    return product.einsum("bmgts,bmsh->bmgth", weights, v).reshape(b, n, t, h)
 
 
 # --- whole passes ---
@@ -228,7 +230,7 @@ def logits(config: ModelConfig, params: dict, x: Float[Array, "b t d"]) -> Float
     """Returns the scores of the next token, float32. `x` is the residual stream after the last layer."""
     x = rms_normalise(x, config.norm_eps) * params["norm"]["scale"].astype(jnp.float32)
     head = params["embed"]["embedding"] if "head" not in params else params["head"]["kernel"]
-    return jnp.einsum("btd,vd->btv", x.astype(head.dtype), head, preferred_element_type=jnp.float32)
+    return product.einsum("btd,vd->btv", x.astype(head.dtype), head, jnp.float32)
 
 
 SCORED_TOKENS = 32  # of each row, whose scores are alive at once

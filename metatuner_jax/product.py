@@ -1,0 +1,37 @@
+"""Products of two arrays, summed in float32 whatever their type, forward and backward: the one place where matrices are multiplied.
+
+An einsum of bfloat16 arrays that yields bfloat16 is left by some versions of jax's CPU backend to a path that converts both to float32
+first; one that yields float32 is multiplied natively. An accelerator sums in float32 in either case. The backward pass is written out
+for the same reason: autodiff's would multiply a float32 gradient with a bfloat16 array.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(spec: str, x, y, dtype=None):
+    """Returns jnp.einsum(spec, x, y) as `dtype`, by default that of x.
+
+    The gradients are products of the incoming gradient, rounded to the type of x, with the other array.
+
+    Args:
+      spec: such as "bti,io->bto"; each index stands in two of its three terms at least.
+    """
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+
+
+def _forward(spec, x, y, dtype):
+    return einsum(spec, x, y, dtype), (x, y)
+
+
+def _backward(spec, dtype, kept, gradient):
+    (x, y), (terms, out) = kept, spec.split("->")
+    of_x, of_y = terms.split(",")
+    gradient = gradient.astype(x.dtype)
+    return einsum(f"{out},{of_y}->{of_x}", gradient, y, x.dtype), einsum(f"{of_x},{out}->{of_y}", x, gradient, y.dtype)
+
+
+einsum.defvjp(_forward, _backward)
