@@ -204,7 +204,8 @@ def _decode(work):
     def run(params, tokens):
         x = transformer.embed(params["embed"]["embedding"], tokens, setup.dtype)
         prefill = decode.prefill(model, params, x, jnp.ones(tokens.shape, bool))
-        return decode.sample(model, params, prefill, max_new_tokens=DECODE_NEW, end_id=END, allowed=work.frozen.allowed).tokens
+        how = {"max_new_tokens": DECODE_NEW, "end_id": END, "allowed": work.frozen.allowed, "layers": decode.fastest_layers()}
+        return decode.sample(model, params, prefill, **how).tokens
 
     params = work.frozen.actor
     flops = pass_flops(model, DECODE_ROWS, DECODE_PAST, DECODE_PAST, 1)

@@ -47,7 +47,7 @@ def main(argv=None) -> int:
             print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
             print(summary(read_json(workdir / "results.json"), _first_predictions(workdir)))
             return 0
-        job = prepare(config)
+        job = prepare(config, saved and saved.get("resolved", {}).get("dtype"))
         if saved is not None:
             check_saved(job, workdir, saved)
     except (Mistake, ValueError, OSError) as error:
@@ -175,13 +175,20 @@ def check_workdir(config, workdir):
     return saved
 
 
-def prepare(config) -> Job:
-    """Returns the job that a config describes; raises Mistake or ValueError where it cannot be done. Loads no weights."""
+def prepare(config, dtype=None) -> Job:
+    """Returns the job that a config describes; raises Mistake or ValueError where it cannot be done. Loads no weights.
+
+    Args:
+      dtype: what dtype=auto stands for, such as in the run that goes on; None: what is fastest here.
+    """
     tasks.check(config.task)
     given, config = config, methods.resolve(config)
 
-    from metatuner_jax import data, pretrained, sharding
+    from metatuner_jax import data, pretrained, product, sharding
     from metatuner_jax.generator import Setup
+
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype=dtype or product.fastest_dtype())
 
     generator, actor = (of_model(config, role, pretrained.load_config) for role in ("generator", "actor"))
     config_lib.check_model(config, generator, actor)

@@ -22,20 +22,20 @@ def splice(setup: Setup, prompt, prompt_mask, query, query_mask):
 
 def answer(
     setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask, max_tokens: int, key=None, rows=None,
-    temperature: float | Float[Array, ""] = 0.0,
+    temperature: float | Float[Array, ""] = 0.0, layers: str = "scan",
 ) -> decode.Sampled:
     """Returns the answers, greedy at temperature 0, of at most `max_tokens` tokens with their end token.
 
     Args:
       loras: None, or the LoRA of each row or of all rows.
-      key, rows: of the noise, as in `decode.sample`.
+      key, rows, layers: as in `decode.sample`.
     """
     tokens, mask = splice(setup, prompt, prompt_mask, query, query_mask)
     x = transformer.embed(frozen.actor["embed"]["embedding"], tokens, setup.dtype)
     prefill = decode.prefill(setup.actor, frozen.actor, x, mask, loras)
     return decode.sample(
         setup.actor, frozen.actor, prefill, max_new_tokens=max_tokens, end_id=setup.end_id,
-        allowed=frozen.allowed, key=key, rows=rows, temperature=temperature, loras=loras,
+        allowed=frozen.allowed, key=key, rows=rows, temperature=temperature, loras=loras, layers=layers,
     )  # fmt: skip
 
 

@@ -165,7 +165,7 @@ class Config:
 
     method: str = _field("metatuner_j", ", ".join(METHODS))
     seed: int = _field(0, "of everything random")
-    dtype: str = _field("bfloat16", "of the frozen weights and the compute: 'bfloat16' or 'float32'")
+    dtype: str = _field("auto", "of the frozen weights and the compute: 'bfloat16', 'float32', or 'auto': float32 on a CPU that cannot multiply bfloat16")
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
     actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
@@ -219,7 +219,7 @@ def make(**settings) -> Config:
 def check(config: Config) -> None:
     """Raises ValueError for the first setting that no run could use, naming field, value and way out."""
     _one_of("method", config.method, METHODS)
-    _one_of("dtype", config.dtype, ("bfloat16", "float32"))
+    _one_of("dtype", config.dtype, ("auto", "bfloat16", "float32"))
     _one_of("generator.train", config.generator.train, ("lora", "full"))
     _one_of("hyper.network", config.hyper.network, ("two_layer", "trunk"))
     _one_of("warmup.actor_train", config.warmup.actor_train, ("lora", "full"))

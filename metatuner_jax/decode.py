@@ -1,5 +1,6 @@
 """Rows are read once; what comes after them is sampled, or followed where it is given, from their keys and values."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -107,6 +108,11 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
     return [jnp.concatenate([start.last, part], axis=1) for part in parts]
 
 
+def fastest_layers() -> str:
+    """Returns how `sample` is quickest where much is decoded: elsewhere than on a CPU, a second copy of the weights is not worth it."""
+    return "unroll" if jax.default_backend() == "cpu" else "scan"
+
+
 def sample(
     config: ModelConfig,
     params: dict,
@@ -120,6 +126,7 @@ def sample(
     temperature: float | Float[Array, ""] = 0.0,
     top_p: float = 1.0,
     loras=None,
+    layers: str = "scan",
 ) -> Sampled:
     """Returns at most `max_new_tokens` written after each row, until every row has ended. To be called under jit.
 
@@ -130,6 +137,8 @@ def sample(
       key, rows: the noise's key and each row's number (see `gumbel`); needed where `temperature` is above 0.
       temperature: 0 is greedy.
       loras: as in `transformer.forward`, and those with which the rows were read.
+      layers: "scan" compiles one layer. "unroll" takes each layer's weights out of the stack before the first token, where a scan copies
+        them for each: faster on a CPU, with a second copy of the weights and more to compile.
     """
     greedy = isinstance(temperature, (int, float)) and temperature == 0
     b, t = start.mask.shape
@@ -139,6 +148,10 @@ def sample(
     position = jnp.sum(start.mask, axis=-1)  # of the next token
     columns = jnp.pad(start.mask, ((0, 0), (0, max_new_tokens)))
     caches = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0))), start.past)
+    read = functools.partial(transformer.run, config, params["layers"], loras=loras)
+    if layers == "unroll":
+        unstacked = transformer.unstack(params["layers"], loras, caches)
+        read, caches = functools.partial(transformer.run_unstacked, config, unstacked), tuple(cache for *_, cache in unstacked)
 
     def choose(logits, i):
         noise = None if greedy else gumbel(key, rows, i, logits.shape[-1])
@@ -161,7 +174,7 @@ def sample(
         columns = jax.lax.dynamic_update_slice(columns, jnp.ones((b, 1), bool), (0, column))
         context = transformer.make_context(config, (position + i - 1)[:, None], columns[:, None], column)
         x = transformer.embed(params["embed"]["embedding"], token[:, None], dtype)
-        x, caches = transformer.run(config, params["layers"], x, context, loras, caches)
+        x, caches = read(x=x, context=context, caches=caches)
         token = jnp.where(ended, end_id, choose(transformer.logits(config, params, x)[:, 0], i))
         written = jax.lax.dynamic_update_slice(written, token[:, None], (0, i))
         real = jax.lax.dynamic_update_slice(real, ~ended[:, None], (0, i))

@@ -318,18 +318,20 @@ def adapt(setup: Setup, hyper: dict, h: Float[Array, "b d"]) -> dict[str, Lora]:
 
 
 def write(
-    setup: Setup, params: dict, frozen: Frozen, prefill: decode.Prefill, key=None, rows=None, temperature: float | Float[Array, ""] = 0.0
+    setup: Setup, params: dict, frozen: Frozen, prefill: decode.Prefill, key=None, rows=None,
+    temperature: float | Float[Array, ""] = 0.0, layers: str = "scan",
 ) -> decode.Sampled:
     """Returns a prompt for each query, greedy at temperature 0. All that is given is constant here: no gradient is kept.
 
     Args:
       prefill: what `start` made of the queries.
+      layers: as in `decode.sample`.
     """
     params, prefill = jax.lax.stop_gradient((params, prefill))
     weights, loras = language_model(setup, params, frozen)
     return decode.sample(
         setup.generator, weights, prefill, max_new_tokens=setup.config.generator.max_prompt_tokens, end_id=setup.end_id,
-        allowed=frozen.allowed, key=key, rows=rows, temperature=temperature, loras=loras,
+        allowed=frozen.allowed, key=key, rows=rows, temperature=temperature, loras=loras, layers=layers,
     )  # fmt: skip
 
 

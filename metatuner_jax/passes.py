@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from metatuner_jax import actor, data, generator, lora, sharding
+from metatuner_jax import actor, data, decode, generator, lora, sharding
 
 
 class Written(NamedTuple):
@@ -38,10 +38,11 @@ class Passes:
 
         self.tokens = 0  # real ones, read and written so far, each counted once in each model
         self._encode = jax.jit(functools.partial(_encode, setup))
-        self._write = jax.jit(functools.partial(_write, setup), static_argnums=0)
+        layers = decode.fastest_layers()
+        self._write = jax.jit(functools.partial(_write, setup, layers), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
         self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))
-        self._answer = jax.jit(functools.partial(_answer, setup), static_argnums=0)
+        self._answer = jax.jit(functools.partial(_answer, setup, layers), static_argnums=0)
 
     def encode(self, params, rows, index) -> np.ndarray:
         """Returns the queries' states at layer k, float32 [n, d]."""
@@ -161,16 +162,16 @@ def _encode(setup, params, frozen, tokens, mask, own):
     return generator.encode(setup, params, frozen, tokens, mask, own)
 
 
-def _write(setup, copies, params, frozen, tokens, mask, own, key=None, places=None, temperature=0.0):
+def _write(setup, layers, copies, params, frozen, tokens, mask, own, key=None, places=None, temperature=0.0):
     query = generator.read(setup, params, frozen, tokens, mask, own)
     prefill = generator.start(setup, params, frozen, query).repeat(copies)
     if places is not None:
         places = (places[:, None] * copies + np.arange(copies, dtype=np.int32)).reshape(-1)
     h = generator.state(setup, params, frozen, query, tokens, mask, own)
-    return h, generator.write(setup, params, frozen, prefill, key, places, temperature)
+    return h, generator.write(setup, params, frozen, prefill, key, places, temperature, layers)
 
 
-def _answer(setup, max_tokens, frozen, loras, noise, prompt, prompt_mask, query, query_mask, *reference):
+def _answer(setup, layers, max_tokens, frozen, loras, noise, prompt, prompt_mask, query, query_mask, *reference):
     rows = (prompt, prompt_mask, query, query_mask)
     likelihood = actor.log_likelihood(setup, frozen, loras, *rows, *reference) if reference else None
-    return actor.answer(setup, frozen, loras, *rows, max_tokens, *(noise or ())), likelihood
+    return actor.answer(setup, frozen, loras, *rows, max_tokens, *(noise or ()), layers=layers), likelihood

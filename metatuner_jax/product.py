@@ -35,3 +35,15 @@ def _backward(spec, dtype, kept, gradient):
 
 
 einsum.defvjp(_forward, _backward)
+
+
+def fastest_dtype(cpuinfo="/proc/cpuinfo") -> str:
+    """Returns the type in which this machine's devices multiply fastest: "bfloat16", or "float32" on a CPU without instructions for it."""
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    try:
+        with open(cpuinfo, encoding="utf-8") as file:
+            flags = next((set(line.split()) for line in file if line.startswith("flags")), set())
+    except OSError:
+        flags = set()
+    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"

@@ -213,15 +213,39 @@ def run(config, layers, x, context, loras=None, caches=None, past=None, keep=Fal
       keep: return the keys and values of the tokens themselves, as `past` takes them.
       remat: as `train.remat`.
     """
-    stacks = layers if isinstance(layers, tuple) else (layers,)
-    sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
-    if not isinstance(loras, tuple):
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        loras = tuple(None if loras is None else cut(loras, start, start + size) for start, size in zip(starts, sizes))
+    stacks, sizes, loras = by_stack(layers, loras)
     made = []
     for i, (stack, size) in enumerate(zip(stacks, sizes)):
         cache, before = (None if given is None else given[i] for given in (caches, past))
         x, cache = Stack(config, size, remat, keep).apply({"params": {"layers": stack}}, x, context, loras[i], cache, before)
+        made.append(cache)
+    return x, tuple(made)
+
+
+def by_stack(layers, loras):
+    """Returns (stacks, their numbers of layers, their LoRA or None), a tuple each, of what `run` takes."""
+    stacks = layers if isinstance(layers, tuple) else (layers,)
+    sizes = tuple(jax.tree.leaves(stack)[0].shape[0] for stack in stacks)
+    if not isinstance(loras, tuple):
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        loras = tuple(None if loras is None else cut(loras, start, start + size) for start, size in zip(starts, sizes))
+    return stacks, sizes, loras
+
+
+def unstack(layers, loras, caches) -> list:
+    """Returns (weights, LoRA or None, cache) of each layer by itself, of what `run` takes; a cache keeps its layer axis, of size 1."""
+    stacks, sizes, loras = by_stack(layers, loras)
+    return [
+        (*jax.tree.map(lambda leaf: leaf[i], (stack, lora)), jax.tree.map(lambda leaf: leaf[i : i + 1], cache))
+        for stack, size, lora, cache in zip(stacks, sizes, loras, caches) for i in range(size)
+    ]  # fmt: skip
+
+
+def run_unstacked(config, layers, x, context, caches):
+    """Returns what `run` does with caches, for the weights and LoRA that `unstack` made; caches are a tuple, one a layer."""
+    made = []
+    for (weights, loras, _), cache in zip(layers, caches):
+        (x, cache, _), _ = Block(config).apply({"params": weights}, (x, cache, 0), (loras, None), context)
         made.append(cache)
     return x, tuple(made)
 

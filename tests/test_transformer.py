@@ -193,10 +193,11 @@ def left_padded(tokens):
 
 
 @pytest.mark.smoke
-def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded):
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded, layers):
     tokens, mask = left_padded
     loras = loras_for(3)
-    out = run_sample(params, tokens, mask, loras=loras)
+    out = run_sample(params, tokens, mask, loras=loras, layers=layers)
     for row in range(3):
         ids, mine = list(tokens[row, mask[row]]), jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
         for step in range(6):
@@ -206,6 +207,15 @@ def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded):
             if token == END:
                 break
         assert int(out.mask[row].sum()) == len(ids) - mask[row].sum()
+
+
+def test_a_cut_stack_decodes_unrolled_as_scanned(params, left_padded):
+    layers = params["layers"]
+    halves = {**params, "layers": (transformer.cut(layers, 0, 1), transformer.cut(layers, 1, 3))}
+    loras = tuple(transformer.cut(loras_for(3), *ends) for ends in ((0, 1), (1, 3)))
+    scanned, unrolled = (run_sample(halves, *left_padded, loras=loras, layers=how) for how in ("scan", "unroll"))
+    np.testing.assert_array_equal(scanned.tokens, unrolled.tokens)
+    np.testing.assert_allclose(scanned.first, unrolled.first, atol=1e-6)
 
 
 def test_copies_of_rows_that_were_read_once_are_as_if_read_one_by_one(params, left_padded):

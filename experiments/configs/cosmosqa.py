@@ -13,7 +13,6 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
-            dtype="float32",
             task={"name": "cosmosqa", "num_train": 1600, "num_validation": 50, "num_test": 200},
             generator={"max_query_tokens": 320, "max_prompt_tokens": 32},
             actor={"max_answer_tokens": 16},

@@ -15,7 +15,6 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
-            dtype="float32",
             task={"name": "hotpotqa", "num_train": 800, "num_validation": 50, "num_test": 100, "options": {"paragraphs": 3}},
             generator={"max_query_tokens": 768, "max_prompt_tokens": 32},
             actor={"max_answer_tokens": 24},

@@ -13,7 +13,6 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
-            dtype="float32",
             task={"name": "math", "num_train": 2000, "num_validation": 50, "num_test": 100},
             generator={"max_query_tokens": 320, "max_prompt_tokens": 40},
             actor={"max_answer_tokens": 256},

@@ -20,7 +20,6 @@ def get_config():
     }
     return config.to_tree(
         config.make(
-            dtype="float32",
             task={"name": "mixture", "num_train": 2100, "num_validation": 60, "num_test": 100, "options": {"parts": parts}},
             generator={"max_query_tokens": 512, "max_prompt_tokens": 40},
             actor={"max_answer_tokens": 192},

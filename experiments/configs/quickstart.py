@@ -23,7 +23,6 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
-            dtype="float32",  # on most CPUs quicker than bfloat16
             task={
                 "name": "reasoning_gym:word_sequence_reversal",
                 "options": {"min_words": 3, "max_words": 5},
