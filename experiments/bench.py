@@ -231,12 +231,12 @@ def _generator(packed):
 
         from metatuner_jax import generator, transformer
 
-        setup, model, batch = work.setup, work.setup.generator, work.batch
-        templated = batch["generator"], batch["generator_mask"], batch["own"]
-        segments = [(batch[name], batch[name + "_mask"]) for name in ("expert", "initial")]
+        setup, model = work.setup, work.setup.generator
 
-        def loss(learning, frozen):
+        def loss(learning, frozen, batch):
             params = {**work.params, **learning}
+            templated = batch["generator"], batch["generator_mask"], batch["own"]
+            segments = [(batch[name], batch[name + "_mask"]) for name in ("expert", "initial")]
             weights, _ = generator.language_model(setup, params, frozen)
 
             def of(segments):
@@ -248,10 +248,10 @@ def _generator(packed):
             return of(segments) if packed else sum(of([segment]) for segment in segments)
 
         learning = {name: work.params[name] for name in ("embed", "shared", "prompt") if name in work.params}
-        n, copies = len(batch["query"]), 1 if packed else 2
+        n, copies = len(work.batch["query"]), 1 if packed else 2
         read = QUERY * copies + 2 * (PROMPT - 1)
         flops = (3 if setup.config.generator.train == "full" else 2) * pass_flops(model, n, read, QUERY, 2 * PROMPT)
-        return _part(jax.value_and_grad(loss), (learning, work.frozen), n * read, flops)
+        return _part(jax.value_and_grad(loss), (learning, work.frozen, work.batch), n * read, flops)
 
     return make
 

@@ -1,7 +1,10 @@
 """The step: compiled once, exact to resume, the same on several devices; batches, sharding rules and rollouts."""
 
+import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -10,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import END, GENERATOR, make_setup
+from conftest import ACTOR, END, GENERATOR, make_setup
 
-from metatuner_jax import checkpoint, data, generator, losses, rollout, sharding, train
+from metatuner_jax import checkpoint, data, generator, losses, rollout, sharding, train, transformer
 from metatuner_jax.config import MeshConfig
 
 
@@ -82,6 +85,39 @@ def test_the_step_compiles_once_a_bucket_and_padding_changes_nothing(networks, b
     for state, (found,) in zip(states[1:3], metrics[1:3]):
         for name in ("task_loss", "prompt_loss", "grad_norm"):
             assert found[name] == pytest.approx(metrics[0][0][name], rel=2e-4)
+
+
+def lowered(setup, batch):
+    """Returns the step as it is given to the compiler, from shapes alone."""
+
+    def make(key):
+        base, actor = transformer.init(setup.generator, key), transformer.init(setup.actor, key)
+        base["layers"] = tuple(transformer.cut(base["layers"], *ends) for ends in ((0, 3), (3, setup.generator.num_layers)))
+        state = train.init_state(setup, generator.init(setup, base, key, actor))
+        return state, generator.Frozen(base, actor, jnp.ones(setup.actor.vocab_size, bool))
+
+    state, frozen = jax.eval_shape(make, jax.random.key(0))
+    return make_step(setup).lower(state, frozen, batch, jax.random.key(0))
+
+
+def test_the_program_does_not_grow_with_depth(batch):
+    setup = make_setup(train={"prompt_gradient": "straight_through"})
+    deeper = dataclasses.replace(
+        setup, generator=dataclasses.replace(GENERATOR, num_layers=9), actor=dataclasses.replace(ACTOR, num_layers=8)
+    )
+    lines = [lowered(one, batch).as_text().count("\n") for one in (setup, deeper)]
+    assert lines[0] == lines[1] > 1000
+
+
+@pytest.mark.parametrize(("at_once", "alive"), [(8, False), (64, True)])
+def test_no_scores_of_all_words_for_all_tokens_are_ever_made(batch, monkeypatch, at_once, alive):
+    monkeypatch.setattr(transformer, "SCORED_TOKENS", at_once)
+    setup = make_setup(train={"prompt_gradient": "straight_through"}, actor={"max_answer_tokens": 40})
+    long = {**batch, "answer": np.full((3, 40), 5, np.int32), "answer_mask": np.ones((3, 40), bool)}
+    shapes = re.findall(r"\b[a-z]+[0-9]+\[([0-9,]+)\]", lowered(setup, long).compile().as_text())
+    dims = {tuple(map(int, shape.split(","))) for shape in shapes}
+    assert any(ACTOR.vocab_size in shape for shape in dims)
+    assert any(ACTOR.vocab_size in shape and math.prod(shape) >= 3 * 40 * ACTOR.vocab_size for shape in dims) == alive
 
 
 def test_the_copy_follows_the_prompt_decoder_at_multiples_of_sync_every(networks, batch):
