@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import decode, methods, transformer
+from metatuner_jax import decode, methods, product, transformer
 from metatuner_jax.config import ModelConfig, projection_widths
 from metatuner_jax.lora import Lora
 from metatuner_jax.methods import Method
@@ -359,7 +359,7 @@ def relaxed_prompt(
             noise = jax.vmap(lambda i: decode.gumbel(key, rows, i, embedding.shape[0]), out_axes=1)(places[0])
             logits = jnp.where(frozen.allowed, transformer.logits(setup.generator, weights, states), -1e30)
             chosen = jax.nn.softmax(logits / temperature + noise, axis=-1).astype(embedding.dtype)
-            return jnp.einsum("bmv,vd->bmd", chosen, embedding, preferred_element_type=jnp.float32)
+            return product.einsum("bmv,vd->bmd", chosen, embedding, jnp.float32)
 
         return transformer.in_chunks(of_chunk, states, places)
 
