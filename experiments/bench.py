@@ -159,8 +159,10 @@ def compiled(function, *args):
     """Returns (run, compile seconds, temporary bytes) of a function of arrays; run() does it once and waits."""
     import jax
 
+    from metatuner_jax import product
+
     began = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
+    program = jax.jit(function, compiler_options=product.compiler_options()).lower(*args).compile()
     took = time.perf_counter() - began
     analysis = program.memory_analysis()
     return lambda: jax.block_until_ready(program(*args)), took, analysis.temp_size_in_bytes if analysis else 0

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from metatuner_jax import actor, data, decode, generator, lora, sharding
+from metatuner_jax import actor, data, decode, generator, lora, product, sharding
 
 
 class Written(NamedTuple):
@@ -37,12 +37,13 @@ class Passes:
         self.setup, self.frozen, self.mesh, self.batch_size, self.progress = setup, frozen, mesh, batch_size, progress
 
         self.tokens = 0  # real ones, read and written so far, each counted once in each model
-        self._encode = jax.jit(functools.partial(_encode, setup))
+        jit = functools.partial(jax.jit, compiler_options=product.compiler_options())
+        self._encode = jit(functools.partial(_encode, setup))
         layers = decode.fastest_layers()
-        self._write = jax.jit(functools.partial(_write, setup, layers), static_argnums=0)
+        self._write = jit(functools.partial(_write, setup, layers), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
         self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))
-        self._answer = jax.jit(functools.partial(_answer, setup, layers), static_argnums=0)
+        self._answer = jit(functools.partial(_answer, setup, layers), static_argnums=0)
 
     def encode(self, params, rows, index) -> np.ndarray:
         """Returns the queries' states at layer k, float32 [n, d]."""

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, evaluate, generator, lora, losses, preference, rollout, search, sharding, transformer
+from metatuner_jax import data, evaluate, generator, lora, losses, preference, product, rollout, search, sharding, transformer
 
 
 @flax.struct.dataclass
@@ -153,7 +153,7 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
     """
     tx = make_optimizer(config)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=product.compiler_options())
     def train_step(state, frozen, batch, key):
         key, done, copy = begin(config, phase, state, key)
         learning = {part: state.params[part] for part in parts}
@@ -197,7 +197,7 @@ def make_gradient_share(setup, phase: Phase):
     """
     config = setup.config.train
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=product.compiler_options())
     def share(state, frozen, batch, key):
         key, done, copy = begin(config, phase, state, key)
 
