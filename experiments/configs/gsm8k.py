@@ -12,6 +12,7 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
+            dtype="float32",  # in which its published result was made
             task={"name": "gsm8k", "num_train": 2000, "num_validation": 50, "num_test": 100},
             generator={"max_query_tokens": 256, "max_prompt_tokens": 40},
             actor={"max_answer_tokens": 192},

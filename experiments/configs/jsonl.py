@@ -13,6 +13,7 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
+            dtype="float32",  # in which its published result was made
             task={"name": "jsonl", "num_validation": 32, "num_test": 64, "options": {"metric": "exact_match"}},
             actor={"max_answer_tokens": 64},
             train={

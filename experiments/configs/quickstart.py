@@ -23,6 +23,7 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
+            dtype="float32",  # in which the published results were made
             task={
                 "name": "reasoning_gym:word_sequence_reversal",
                 "options": {"min_words": 3, "max_words": 5},
