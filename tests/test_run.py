@@ -17,7 +17,7 @@ import pytest
 from small_runs import command, load_state, read_lines, start
 
 from experiments import choose_prompt, run
-from metatuner_jax import actor, data, evaluate, lora, passes, pretrained, rollout
+from metatuner_jax import actor, data, evaluate, lora, passes, pretrained, product, rollout
 
 pytestmark = pytest.mark.usefixtures("compiled")
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -402,6 +402,21 @@ def test_a_run_cut_off_and_resumed_equals_one_without_a_break(finished, root, tm
     state, expected = (load_state(f, 4) for f in (folder, finished.folder))
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+@pytest.mark.parametrize("saved, dtype", [("bfloat16", "bfloat16"), (None, "float32")])
+def test_a_run_that_goes_on_keeps_the_type_that_auto_stood_for(saved, dtype, finished, root, tmp_path, monkeypatch):
+    folder, jobs = tmp_path / "run", []
+    if saved:
+        shutil.copytree(finished.folder, folder)
+        (folder / "results.json").unlink()
+        config = json.loads((folder / "config.json").read_text())
+        config["config"]["dtype"], config["resolved"]["dtype"] = "auto", saved
+        (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(product, "fastest_dtype", lambda: "float32")
+    monkeypatch.setattr(run, "train_and_evaluate", lambda job, workdir: jobs.append(job))
+    assert run.main(command(root, folder, "dtype=auto")) == 0
+    assert jobs[0].given.dtype == "auto" and jobs[0].setup.config.dtype == dtype
 
 
 def test_a_full_generator_may_differ_from_the_actor(root, tmp_path):
