@@ -120,10 +120,15 @@ def part_table(summary) -> str:
 
 
 def search_table(summary) -> str:
-    """Returns the validation scores behind the learning rates, empty text where none was searched."""
+    """Returns the validation scores behind the learning rates and whose search was too narrow, empty text where none was searched."""
     rates = sorted({rate for found in summary["search"].values() for rate in found}, key=float)
     rows = [[name, *(percent(found.get(rate)) for rate in rates)] for name, found in summary["search"].items()]
-    return markdown(["learning rate, score on validation rows", *rates], rows) if rows else ""
+    if not rows:
+        return ""
+    text = markdown(["learning rate, score on validation rows", *rates], rows)
+    if summary["at_edge"]:
+        text += f"\n\nBest at the lowest or the highest rate that was tried, so that one beyond it may be better: {', '.join(summary['at_edge'])}."
+    return text
 
 
 def tables(summary) -> str:

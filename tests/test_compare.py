@@ -268,6 +268,8 @@ def test_the_learning_rate_is_chosen_on_validation_rows_for_each_method_that_lea
     assert rates == {"zero_shot": 2e-4, "sft": 5e-4, "dpo": 1e-3}  # the config's own; the likelier of two equals; the better of two
     found = read("work/comparison.json")
     assert found["search"] == {"dpo": {"0.0002": 0.25, "0.001": 0.5}, "sft": {"0.0002": 0.25, "0.0005": 0.5, "0.001": 0.5}}
+    table = pathlib.Path("work/table.md").read_text()
+    assert found["at_edge"] == ["dpo"] and table.endswith("so that one beyond it may be better: dpo.\n")
     assert found["variants"]["zero_shot"]["learning_rate"] is None and found["variants"]["sft"]["learning_rate"] == 5e-4
     output, error = capfd.readouterr()
     assert "learning rate of sft: 0.0005, 50.0% of validation rows in 30 s" in output and error == "failed: search/dpo-0.0005\n"
