@@ -104,7 +104,7 @@ def summarise(folder) -> dict:
         "variants": {name: variants[name] for name in ranked},
         "not_run": [f"{name}-{seed}" for name, seed in planned(grid) if seed not in runs[name]],
         "search": {name: {rate: r["validation"]["mean"] for rate, r in rates.items()} for name, rates in search.items()},
-        "at_edge": [name for name, rates in search.items() if len(rates) > 1 and at_edge(rates)],
+        "at_edge": [name for name, rates in search.items() if at_edge(rates)],
         "wall_s": sum(r["wall_s"] for r, _ in everything) + sum(r["wall_s"] for rates in search.values() for r in rates.values()),
     }
 
@@ -138,8 +138,8 @@ def best_rate(rates: dict) -> str:
 
 
 def at_edge(rates: dict) -> bool:
-    """Returns whether the best rate is the lowest or the highest that was tried, beyond which a better one may lie."""
-    return best_rate(rates) in (min(rates, key=float), max(rates, key=float))
+    """Returns whether the best of several rates is the lowest or the highest that was tried: a better one may lie beyond it."""
+    return len(rates) > 1 and best_rate(rates) in (min(rates, key=float), max(rates, key=float))
 
 
 def scores_of(found) -> dict:
