@@ -87,13 +87,13 @@ class TrainConfig:
     decay: str = _field("cosine", "of the rate after that: 'cosine' to a tenth, or 'constant'")
     weight_decay: float = _field(0.0, "AdamW's")
     clip_norm: float = _field(1.0, "largest norm of the gradient")
-    prompt_weight: float = _field(1.0, "of the prompt loss beside the task loss: the paper's alpha")
+    prompt_weight: float = _field(1.0, "of the prompt loss beside the task loss: the paper's alpha; a term that stands alone has weight 1")
     prompt_gradient: str = _field("none", "'none': prompts are constants; 'straight_through'")
     sync_every: int = _field(10, "steps between copies of the prompt decoder into its frozen copy")
     alternate_every: int = _field(10, "metatuner_i: steps of one term before the other's turn")
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
     remat: str = _field("products", "what the backward pass makes again: 'none'; all but large matrix 'products'; 'all' of a layer, for the least memory")
-    diagnose_every: int = _field(50, "steps between measurements of each term's share of the gradient, a backward pass more; 0: never")
+    diagnose_every: int = _field(50, "steps to the first and between measurements of each term's share of the gradient, a backward pass more; 0: never")
     max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
 
 

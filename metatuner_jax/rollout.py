@@ -152,14 +152,19 @@ def candidates_of(incumbent, sampled, sampled_mask, end_id: int) -> list[tuple[i
 def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, known: dict) -> list[dict]:
     """Returns what the actor's greedy answers are worth, one attempt for each place in `index`, as they stand in the store.
 
+    A prompt that stands twice for one row is answered once.
+
     Args:
       index: rows of the split, one for each prompt.
       prompts: ids with the end token, one for each row in `index`.
       adapter: from places in `index` to LoRA, or None.
       known: attempts whose answers still stand (see `Experts.known`); these are not made again.
     """
-    ids_of = lambda i: rows.examples[index[i]].id
-    new = np.array([i for i in range(len(index)) if (ids_of(i), prompts[i]) not in known], np.int64)
+    keys = [(rows.examples[place].id, words) for place, words in zip(index, prompts)]
+    first = {}  # key -> its first place
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    new = np.array([i for key, i in first.items() if key not in known], np.int64)
     answers = {}
     if len(new):
         tried, mask = data.pad([prompts[i] for i in new], rows.initial.shape[1], "right")
@@ -168,13 +173,13 @@ def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, kno
         )
         answers = {i: (tokens.decode(answered.tokens[j], answered.mask[j]), answered.likelihood[j]) for j, i in enumerate(new)}
     attempts = []
-    for i, words in enumerate(prompts):
+    for i, (key, words) in enumerate(zip(keys, prompts)):
         example = rows.examples[index[i]]
         if i in answers:
             text, likelihood = answers[i]
             outcome = {"answer": text, "score": score(text, example).strict, "log_likelihood": round(float(likelihood), 6)}
         else:
-            before = known[example.id, words]
+            before = known[key] if key in known else attempts[first[key]]
             outcome = {name: before[name] for name in ("answer", "score", "log_likelihood")}
         attempts.append({"step": step, "id": example.id, "prompt": tokens.decode(words), **outcome, "best": False, "tokens": list(words)})
         if i not in answers:

@@ -193,7 +193,8 @@ def begin(config: config_lib.TrainConfig, phase: Phase, state: TrainState, key):
 def make_gradient_share(setup, phase: Phase):
     """Returns share(state, frozen, batch, key) -> the task term's part of the gradient in the shared layers, 0 to 1, in the coming step.
 
-    Its norm over the sum of both terms' norms, the prompt term's with its weight. A forward and backward pass of each term.
+    Its norm over the sum of both terms' norms, the prompt term's with its weight, which is 1 where the terms take turns. A forward and
+    backward pass of each term.
     """
     config = setup.config.train
 
@@ -207,7 +208,8 @@ def make_gradient_share(setup, phase: Phase):
 
             return optax.tree.norm(jax.grad(loss_of)(state.params["shared"]))
 
-        task, prompt = norm("task"), config.prompt_weight * norm("prompt")
+        weight = 1.0 if setup.method.alternating else config.prompt_weight
+        task, prompt = norm("task"), weight * norm("prompt")
         return task / jnp.maximum(task + prompt, 1e-30)
 
     return share
@@ -329,9 +331,9 @@ class Trainer:
         return state.replace(params={**state.params, **hyper})
 
     def diagnoses(self, done: int) -> bool:
-        """Returns whether a step of the joint phase measures the terms' gradients."""
+        """Returns whether a step of the joint phase measures the terms' gradients: not the first, when the delta is 0 and so is the task's."""
         both = self.setup.method.prompt == "written" and self.setup.method.adapter is not None and self.setup.method.shared
-        return both and bool(self.config.train.diagnose_every) and done % self.config.train.diagnose_every == 0
+        return both and bool(self.config.train.diagnose_every) and (done + 1) % self.config.train.diagnose_every == 0
 
     def validate(self, state: TrainState) -> dict:
         """Returns what `evaluate.validate` finds on the validation rows."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -465,6 +466,14 @@ def test_results_md_is_what_the_report_writes():
     assert (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8") == report.write(REPOSITORY / "results"), (
         "RESULTS.md differs from results/: python -m experiments.compare --report"
     )
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "results").glob("*/grid.json")), ids=lambda path: path.parent.name)
+def test_the_command_of_a_published_comparison_goes_on_with_it(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    words = shlex.split(json.loads(path.read_text())["command"])[3:]
+    words[words.index("--workdir") + 1] = str(tmp_path / "w")
+    assert compare.main([*words, "--plan"]) == 0, capsys.readouterr().err
 
 
 @pytest.fixture

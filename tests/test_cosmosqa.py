@@ -76,8 +76,8 @@ def test_rows_of_the_hub_come_from_its_parquet_branch(monkeypatch, tmp_path):
     assert {example.reference for example in loaded.train + loaded.validation} == {"A"} and loaded.dropped["unlabelled"] == 4
 
 
-@pytest.mark.parametrize("text", ["B", " B\n", "B.", "(B)", "(B).", "[B]", "B)", "B:"])
-def test_the_letter_alone_is_strictly_right(text):
+@pytest.mark.parametrize("text", ["B", " B\n", "B.", "(B)", "(B).", "[B]", "B)", "B:", "b", "**B**", "The answer is (B).", "B) because he was late"])
+def test_the_chosen_letter_is_right_however_it_is_said(text):
     assert cosmosqa.score(text, Example("x", "q", "B", "B", CHOICES)) == tasks.Score(1, 1)
     assert cosmosqa.score(text, Example("x", "q", "C", "C", CHOICES)) == tasks.Score(0, 0)
 
@@ -110,7 +110,21 @@ REPEATED = "A. None of the above choices .\nB. A man was late .\nC. A man was la
         (f"{REPEATED}\n\nThe correct answer is B.", "B"),
         ("The answer is not B. The answer is C.", "C"),
         ("Question: Why ?\nAnswer: (D) She does n't like him .\n\nExplanation: A man came by.", "D"),
+        ("It's B.", "B"),
+        ("It is (C), since the man was late.", "C"),
+        ("The answer is definitely B.", "B"),
+        ("The answer must be B", "B"),
+        ("The correct answer would most likely be **D**", "D"),
+        ("The answer is not A, it is B.", "B"),
+        ("I would not choose B. Option C.", "C"),
+        ("I don't think B is right.", None),
+        ("I don't think that the answer is B. I'd go with D.", "D"),
+        ("It is a man who was late.", None),
+        ("It's a shame.", None),
         # one letter is marked as a choice
+        ("B, because he came late", "B"),
+        ("B because he came late", "B"),
+        ("B\n\nExplanation: he came late", "B"),
         ("B. A man was late .", "B"),
         ("B) He did not come, and she waited for a while.", "B"),
         ("(B) because it rained", "B"),
@@ -167,9 +181,9 @@ JOB = ("I lost my well paying job .", "I lost my vacation days .", "I ca n't get
     ],
 )  # fmt: skip
 def test_the_letter_that_smollm2_chooses(text, choices, letter):
-    """What SmolLM2-135M-Instruct wrote, greedily: it is strictly right in none, as it never says the letter alone."""
+    """What SmolLM2-135M-Instruct wrote, greedily: it never says the letter alone."""
     assert cosmosqa.chosen(text, choices) == letter
-    assert all(cosmosqa.score(text, Example("x", "q", gold, gold, choices)).strict == 0 for gold in "ABCD")
+    assert [cosmosqa.score(text, Example("x", "q", gold, gold, choices)).strict for gold in "ABCD"] == [gold == letter for gold in "ABCD"]
 
 
 def test_the_same_choice_twice_is_no_choice_by_its_text():

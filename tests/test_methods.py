@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import pytest
 from conftest import ACTOR, END, GENERATOR, make_setup, randomise, scores_of
 from test_evaluate import Numbers, make_rows
 
+from experiments import run
 from metatuner_jax import config, generator, lora, losses, methods, preference, rollout, search, train
 from metatuner_jax.methods import METHODS
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "experiments" / "configs"
 FULL = ("embed", "shared", "prompt", "hyper")
 PARTS = {  # what learns, by method
     "zero_shot": (), "prompt_search": (), "prompt_only": FULL[:3], "sft": ("hyper",), "dpo": ("hyper",), "hyper_only": ("embed", "shared", "hyper"),
@@ -37,6 +40,15 @@ def test_methods_learn_what_their_names_say(networks):
         assert set(params) == set(parts) | ({"actor"} if name == "dpo" else set())
         phases = train.phases(setup)
         assert set().union(*(phase.parts for phase in phases)) == set(params)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_methods_differ_under_every_config_that_is_shipped(path):
+    def resolved(name):
+        found = methods.resolve(run.load_config(path, (("method", name),)))
+        return found.train.prompt_gradient, METHODS[name].prompt, METHODS[name].adapter, METHODS[name].shared, METHODS[name].alternating
+
+    assert len({resolved(name) for name in METHODS if not METHODS[name].preference}) == len(METHODS) - 1
 
 
 def test_a_name_decides_few_settings():
@@ -241,15 +253,16 @@ def test_the_warmed_up_actor_is_what_was_trained(networks, batch, kind):
     assert abs(float(bare) - float(loss)) > 1e-3
 
 
-def test_the_gradient_share_is_that_of_the_shared_layers(networks, batch):
-    setup = make_setup(train={"prompt_weight": 0.3})
+@pytest.mark.parametrize("method, weight", [("metatuner_j", 0.3), ("metatuner_i", 1.0)])
+def test_the_gradient_share_is_that_of_the_shared_layers(method, weight, networks, batch):
+    setup = make_setup(method, train={"prompt_weight": 0.3})
     frozen, params = networks(setup)
     state, key = train.init_state(setup, params), jax.random.key(1)
     found = float(train.make_gradient_share(setup, train.phases(setup)[-1])(state, frozen, batch, key))
     key = jax.random.fold_in(key, 0)  # the step's own
     gradients = [grad["shared"] for grad in term_gradients(setup, params, frozen, batch, key)]
     task, prompt = (np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(grad))) for grad in gradients)
-    prompt *= 0.3
+    prompt *= weight
     assert found == pytest.approx(task / (task + prompt), rel=1e-3) and 0.01 < found < 0.99
 
 
@@ -319,6 +332,18 @@ def test_a_search_whose_proposals_are_no_better_keeps_the_initial_prompts(tmp_pa
     experts = make_experts(tmp_path, rows)
     found = search.search(Actor(setup, [[4, END], [3, END]]), {}, jax.random.key(0), rows, experts, Words(), high, 0, 0)
     assert experts.for_all() is None and found["rollout_changed"] == 0 and found["prompt"] is None
+
+
+def test_a_search_does_not_score_a_proposal_that_is_the_initial_prompt_again(tmp_path):
+    setup = make_setup("prompt_search", rollout={"num_queries": 4, "search_prompts": 3, "search_rounds": 1})
+    rows = make_rows(6)
+    same = {name: np.tile(getattr(rows, name)[:1], (6, 1)) for name in ("initial", "initial_mask")}
+    rows = dataclasses.replace(rows, **same)
+    initial = [int(i) for i in rows.initial[0][rows.initial_mask[0]]]
+    experts = make_experts(tmp_path, rows)
+    passes = Actor(setup, [initial, [4, END], [4, END]])
+    found = search.search(passes, {}, jax.random.key(0), rows, experts, Words(), high, 0, 0)
+    assert found["rollout_attempts"] == passes.calls == experts.calls == 2 * 4
 
 
 def test_a_search_from_an_earlier_prompt_settles_on_what_it_found_itself(tmp_path):

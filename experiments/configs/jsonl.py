@@ -13,7 +13,6 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
-            dtype="float32",  # in which its published result was made
             task={"name": "jsonl", "num_validation": 32, "num_test": 64, "options": {"metric": "exact_match"}},
             actor={"max_answer_tokens": 64},
             train={
@@ -23,7 +22,6 @@ def get_config():
                 "generator_rate": 0.2,
                 "warmup_steps": 8,
                 "prompt_weight": 0.3,
-                "prompt_gradient": "straight_through",
                 "checkpoint_every": 30,
             },
             rollout={"every": 30, "num_queries": 32},

@@ -23,7 +23,6 @@ def get_config():
     """Returns the config tree."""
     return config.to_tree(
         config.make(
-            dtype="float32",  # in which the published results were made
             task={
                 "name": "reasoning_gym:word_sequence_reversal",
                 "options": {"min_words": 3, "max_words": 5},
@@ -41,7 +40,6 @@ def get_config():
                 "generator_rate": 0.2,
                 "warmup_steps": 8,
                 "prompt_weight": 0.3,
-                "prompt_gradient": "straight_through",
                 "checkpoint_every": 48,
                 "diagnose_every": 0,  # for time
             },

@@ -39,7 +39,8 @@ def make_score(seconds: float):
     Where there is a box, the last one is the final answer and both scores are the same. Else it is what stands after
     the last "answer is", "Answer:" or "####", to the end of that sentence; else what math-verify finds in the text, mostly
     its last formula or number. An answer that math-verify is not done with in `seconds` is wrong, on a busy machine too. To say the
-    problem's own expression again ("Factor $x^2 - 9$": x^2 - 9) is no answer, though it is equal.
+    problem's own expression again ("Factor $x^2 - 9$": x^2 - 9) is no answer, though it is equal. A number in a box may leave its base
+    out (36 for 36_8), but not name another one (math-verify reads neither).
     """
     verifier = _verifier(seconds)
 
@@ -47,7 +48,9 @@ def make_score(seconds: float):
         text = hide_asked(text, example)
         box = last_box(text)
         if box is not None:
-            right = _squeezed(box) == _squeezed(example.source) or verifier.equal(_formula(example.source), [_formula(box)])
+            right = _squeezed(box) == _squeezed(example.source) or (
+                _base(box) in (None, _base(example.source)) and verifier.equal(_formula(example.source), [_formula(box)])
+            )
             return Score(float(right), float(right))
         if not text.strip():
             return Score(0.0, 0.0)
@@ -98,13 +101,19 @@ def final_answer(text: str) -> list[str]:
     if not marks:
         return [] if found else [text]
     lines = text[marks[-1].end() :].strip(" :*\t\n").splitlines() or [""]
-    sentence = re.split(r"(?<=\S)\.(?=\s|$)", lines[0])[0].strip(" *")
+    sentence = re.split(r"(?<=\S)\.(?=\s|$)|,?\s+(?:and\s+)?not\s", lines[0])[0].strip(" *")
     return [sentence] if "$" in sentence or r"\(" in sentence or r"\[" in sentence else [_formula(sentence), sentence]
 
 
 def _formula(text):
     """Returns the text as one formula on one line, whose own dollar signs are gone but for those that are money."""
     return "$" + " ".join(re.sub(r"(?<!\\)\$", "", text).split()) + "$"
+
+
+def _base(text):
+    """Returns the base that a number names, such as the 8 of 36_8 or 36_{8}, or None."""
+    found = re.fullmatch(r"\$?[0-9A-F.]+_\{?([0-9]+)\}?\$?", _squeezed(text))
+    return found and found[1]
 
 
 def _squeezed(text):

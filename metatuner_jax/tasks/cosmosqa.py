@@ -44,11 +44,8 @@ def _example(id, row):
 
 
 def score(text: str, example: Example) -> Score:
-    """Returns strict: the text is the letter alone, give or take brackets and a full stop; flexible: `chosen` is the letter."""
-    strict = re.fullmatch(r"[(\[]?([A-D])[)\]]?[.:]?", text.strip())
-    if strict:
-        return Score(*[float(strict[1] == example.reference)] * 2)
-    return Score(0.0, float(chosen(text, example.source) == example.reference))
+    """Returns whether the letter that the text chooses is the right one, as both scores: a choice is right however it is said."""
+    return Score(*[float(chosen(text, example.source) == example.reference)] * 2)
 
 
 # --- the chosen letter ---
@@ -57,19 +54,23 @@ _OPEN = r"[\s*_`\"'“‘$:]*(?:\\(?:boxed|text|textbf)\{)*[(\[]?[*_]*"
 # "a man" and "I'd" are no letters; a lower-case "a" before a space is an article, and so is "A", but for "A because" and the like.
 _LETTER = r"(?<![\w'’])(?:[B-Db-d](?![\w'’-])|[Aa](?![\w'’-])(?![ \t]+(?!(?i:because|since|as|is|and|or|which|here|would)\b)[a-z]))"
 _KIND = r"(?i:answer|option|choice|letter)"
-_IS = r"(?:[ \t]+(?i:is|would[ \t]+be|should[ \t]+be)\b[ \t:]*|[ \t*_]*:)"
+_SURELY = r"(?:[ \t]+(?i:most[ \t]+likely|definitely|probably|likely|clearly|certainly|simply|indeed|therefore|thus|actually)\b)?"
+_IS = rf"(?:[ \t]+(?i:is|(?:would|should|must|has[ \t]+to)[ \t]+be)\b{_SURELY}[ \t:]*|[ \t*_]*:)"
 _TO_THE_QUESTION = r"(?:[ \t]+(?i:to|for)\b[^.\n]{0,80}?)?"
 _SAYS = [
     rf"{_KIND}{_TO_THE_QUESTION}{_IS}{_OPEN}(?:(?i:the[ \t]+)?{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})",
+    rf"\b(?i:it)(?:['’]s\b{_SURELY}[ \t]*|{_IS}){_OPEN}(?:(?i:the[ \t]+)?{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})(?=[)\]*_\"'”’]*(?:[.,;:!]|$|[ \t]+(?i:because|since|as)\b))",
     rf"(?i:choose|pick|select|go[ \t]+with)[ \t]+(?:(?i:the[ \t]+)?{_KIND}[ \t]+)?{_OPEN}(?P<x>{_LETTER})",
     rf"(?P<x>{_LETTER})[)\]*_.\"'”’]*[ \t]+is[ \t]+(?:(?i:the|most|more)[ \t]+)*(?i:correct|right|best|likely|accurate)\b",
 ]
 _MENTIONS = [
     rf"^[ \t]*[*_]*[(\[]?(?P<x>{_LETTER})[)\].:]",
+    rf"\A[\s*_]*(?P<x>{_LETTER})[*_]*(?:,?[ \t]+(?i:because|since|as)\b|[ \t]*\n[ \t]*\n)",
     rf"[(\[](?P<x>{_LETTER})[)\]]",
     rf"\b(?i:option|choice)[ \t]+{_OPEN}(?P<x>{_LETTER})",
     rf"(?:\\boxed\{{|\*\*)[(\[]?(?P<x>{_LETTER})[)\]]?(?:\}}|[.:]?\*\*)",
 ]
+_NOT = re.compile(r"(?i:\bnot|n['’]t|\bnever|\bneither)\b(?:[ \t]+\w+){0,2}[ \t]*[*_\"'(\[]*$")
 _SECOND = re.compile(rf"[)\]*_.\"'”’}}]*[ \t]*(?:,|/|&|(?:,[ \t]*)?(?i:and|or)\b)[ \t]*(?:{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})")
 _DENIED = re.compile(
     r"[)\]*_.\"'”’}]*[ \t]+(?:is|are|was|can|could|does)(?:[ \t]+not\b|n['’]t\b|[ \t]+(?:incorrect|wrong|false)\b)"
@@ -82,10 +83,12 @@ def chosen(text: str, choices: tuple[str, ...]) -> str | None:
     In this order, the first rule that finds anything deciding:
 
     1. The text is one letter, in any case, with what marks it: "b", "**B**", "(B)", "\\boxed{B}".
-    2. Sentences that choose: "the answer is (B)", "Answer: B", "the correct option is B", "I would choose B", "B is correct".
-       The last one counts; where it goes on with "or C", "and C", ", C", it chooses none. "The answer is not B" is none of them.
-    3. Letters marked as a choice: "B." or "B)" at the start of a line, "(B)", "option B", "**B**". All must be the same
-       letter, so a text that repeats the list of choices chooses none. "Option B is wrong" is not counted.
+    2. Sentences that choose: "the answer is (B)", "Answer: B", "the correct option is B", "it's B", "I would choose B", "B is correct".
+       The last one counts; where it goes on with "or C", "and C", ", C", it chooses none. "The answer is not B", "I would not choose
+       B" and "I don't think B is right" are none of them.
+    3. Letters marked as a choice: "B." or "B)" at the start of a line, "B because" or "B" and an empty line at the start of the text,
+       "(B)", "option B", "**B**". All must be the same letter, so a text that repeats the list of choices chooses none. "Option B is
+       wrong" is not counted.
     4. The full text of a choice, but for case and punctuation. It must be one alone, where a choice within a longer one
        that stands there is not counted.
 
@@ -94,7 +97,8 @@ def chosen(text: str, choices: tuple[str, ...]) -> str | None:
     bare = re.fullmatch(rf"{_OPEN}([A-Da-d])[)\]}}*_.:`\"'”’$\s]*", text)
     if bare:
         return bare[1].upper()
-    says = sorted((match for pattern in _SAYS for match in re.finditer(pattern, text)), key=lambda match: match.start("x"))
+    says = [match for pattern in _SAYS for match in re.finditer(pattern, text) if not _NOT.search(text, 0, match.start())]
+    says.sort(key=lambda match: match.start("x"))
     if says:
         letter, end = says[-1]["x"].upper(), says[-1].end("x")
         second = _SECOND.match(text, end)
