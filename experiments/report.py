@@ -246,8 +246,8 @@ def fill(text, summary, where) -> str:
 
 HEAD = """# Results
 
-Written by `python -m experiments.compare --report` from the `config.json` and `results.json` of each run in `{results}/`; nothing
-here is typed by hand. Scores are strict, in percent, on unseen test queries. *before* is the bare model with the hand-written
+Written by `python -m experiments.compare --report` from the `config.json` and `results.json` of each run in `{results}/`; tables
+hold nothing else, and the percentages of the notes come from there too. Scores are strict, in percent, on unseen test queries. *before* is the bare model with the hand-written
 prompt. The 95% interval resamples the queries of each seed and keeps the seeds, so it does not hold what another seed would change:
 *sd over seeds* tells that. The best rival is the method with the highest mean on these same test rows that is neither MetaTuner nor
 one of its ablations (prompt_only, hyper_only, unshared: the paper's w/o F, w/o P, w/o S). The comparison with it is a paired

@@ -76,7 +76,9 @@ def test_rows_of_the_hub_come_from_its_parquet_branch(monkeypatch, tmp_path):
     assert {example.reference for example in loaded.train + loaded.validation} == {"A"} and loaded.dropped["unlabelled"] == 4
 
 
-@pytest.mark.parametrize("text", ["B", " B\n", "B.", "(B)", "(B).", "[B]", "B)", "B:", "b", "**B**", "The answer is (B).", "B) because he was late"])
+@pytest.mark.parametrize(
+    "text", ["B", " B\n", "B.", "(B)", "(B).", "[B]", "B)", "B:", "b", "**B**", "The answer is (B).", "B) because he was late"]
+)
 def test_the_chosen_letter_is_right_however_it_is_said(text):
     assert cosmosqa.score(text, Example("x", "q", "B", "B", CHOICES)) == tasks.Score(1, 1)
     assert cosmosqa.score(text, Example("x", "q", "C", "C", CHOICES)) == tasks.Score(0, 0)
@@ -162,7 +164,12 @@ BUS = ("None of the above choices .", "The bus would arrive at the stop soon", "
        "Medical personnel would come to help the old man")  # fmt: skip
 FELL = ("He was waiting on a ride", "He likely fell on the sidewalk and hit his head while intoxicated", "He was waiting on the taxi",
         "None of the above choices .")  # fmt: skip
-BIAS = ("she becomes angry with her husband", "She confirms her biases", "She makes informed decisions", "None of the above choices .")
+BIAS = (
+    "she becomes angry with her husband",
+    "She confirms her biases",
+    "She makes informed decisions",
+    "None of the above choices .",
+)
 JOB = ("I lost my well paying job .", "I lost my vacation days .", "I ca n't get off medical leave .", "I am taking a sabbatical .")
 
 
@@ -183,7 +190,9 @@ JOB = ("I lost my well paying job .", "I lost my vacation days .", "I ca n't get
 def test_the_letter_that_smollm2_chooses(text, choices, letter):
     """What SmolLM2-135M-Instruct wrote, greedily: it never says the letter alone."""
     assert cosmosqa.chosen(text, choices) == letter
-    assert [cosmosqa.score(text, Example("x", "q", gold, gold, choices)).strict for gold in "ABCD"] == [gold == letter for gold in "ABCD"]
+    assert [cosmosqa.score(text, Example("x", "q", gold, gold, choices)).strict for gold in "ABCD"] == [
+        gold == letter for gold in "ABCD"
+    ]
 
 
 def test_the_same_choice_twice_is_no_choice_by_its_text():

@@ -51,7 +51,10 @@ def test_every_method_runs_to_its_results(method, root, tmp_path):
         assert results["after"] == results["before"]
 
 
-WARM = ("warmup.actor_steps=2", "warmup.generator_steps=1", "train.num_steps=3", "train.diagnose_every=2", "rollout.every=1", "hyper.standardize=true")
+WARM = (
+    "warmup.actor_steps=2", "warmup.generator_steps=2", "train.num_steps=3", "train.checkpoint_every=1", "train.diagnose_every=2",
+    "rollout.every=1", "hyper.standardize=true",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +68,45 @@ def warm(root, tmp_path_factory):
 
 def test_warm_ups_are_phases_of_the_run(warm):
     folder, output = warm
-    for text in ("step 0: warm-up of the actor", "step 2: warm-up of the generator", "step 3: training", "% of their square differs"):
+    for text in (
+        "step 0: warm-up of the actor",
+        "step 2: warm-up of the generator",
+        "step 4: training",
+        "% of their square differs",
+    ):
         assert text in output
-    assert " of at most 48 actor calls" in output  # four refreshes of four queries with two new prompts
+    assert " of at most 60 actor calls" in output  # five refreshes of four queries with two new prompts
     metrics = read_lines(folder / "metrics.jsonl")
-    assert [line["phase"] for line in metrics] == ["actor"] * 2 + ["generator"] + ["joint"] * 3
+    assert [line["phase"] for line in metrics] == ["actor"] * 2 + ["generator"] * 2 + ["joint"] * 3
     losses = [{name for name in line if name.endswith("_loss")} for line in metrics]
-    assert losses == [{"task_loss"}] * 2 + [{"prompt_loss"}] + [{"task_loss", "prompt_loss"}] * 3
-    assert [("task_gradient_share" in line) for line in metrics] == [False] * 3 + [True, False, True]
-    for line in metrics[3:]:
+    assert losses == [{"task_loss"}] * 2 + [{"prompt_loss"}] * 2 + [{"task_loss", "prompt_loss"}] * 3
+    assert [("task_gradient_share" in line) for line in metrics] == [False] * 4 + [False, True, False]
+    for line in metrics[4:]:
         assert {"delta_ratio", "delta_variance", "delta_rank", "initial_share", "expert_size", "expert_score"} <= set(line)
-    assert {attempt["step"] for attempt in read_lines(folder / "experts.jsonl")} == {2, 3, 4, 5}
+    assert {attempt["step"] for attempt in read_lines(folder / "experts.jsonl")} == {2, 3, 4, 5, 6}
     before = [line["score"] for line in read_lines(folder / "before.jsonl")]
     assert results_of(folder)["before"]["mean"] == np.mean(before)
-    assert np.all(load_state(folder, 6)["params"]["hyper"]["gain"] > 1.5)  # the joint phase began with standardised states
+    assert np.all(load_state(folder, 7)["params"]["hyper"]["gain"] > 1.5)  # the joint phase began with standardised states
 
 
-@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("at", [1, 3, 5])  # in either warm-up and in the joint phase
 def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root, tmp_path, monkeypatch):
+    goes_on(WARM, at, warm[0], root, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "settings, at",
+    [(("method=dpo", *PREFERENCE), 1), ((*WARM, "warmup.actor_train=full", "train.num_steps=1"), 1)],
+    ids=["dpo", "full"],
+)
+def test_other_warm_ups_of_the_actor_go_on_too(settings, at, root, tmp_path, monkeypatch):
+    settings = (*settings, "train.checkpoint_every=1")
+    assert start(command(root, tmp_path / "whole", *settings))[0] == 0
+    goes_on(settings, at, tmp_path / "whole", root, tmp_path, monkeypatch)
+
+
+def goes_on(settings, at, whole, root, tmp_path, monkeypatch):
+    """Cuts a run off before its step `at`, goes on with it, and compares with one that was not."""
     seen = []
 
     def cut_off(*args, batch_of=data.batch_of):
@@ -93,16 +117,18 @@ def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "batch_of", cut_off)
-        start(command(root, tmp_path / "run", *WARM))
-    code, output = start(command(root, tmp_path / "run", *WARM))
-    assert code == 0 and ("resuming at step" in output) == (at > 1)
+        start(command(root, tmp_path / "run", *settings))
+    code, output = start(command(root, tmp_path / "run", *settings))
+    assert code == 0 and f"resuming at step {at} of" in output
     exact = lambda folder: [
         {name: value for name, value in line.items() if not name.endswith("_s")} for line in read_lines(folder / "metrics.jsonl")
     ]
-    assert exact(tmp_path / "run") == exact(warm[0])
-    for name in ("experts.jsonl", "predictions.jsonl", "before.jsonl"):
-        assert (tmp_path / "run" / name).read_text() == (warm[0] / name).read_text()
-    jax.tree.map(np.testing.assert_array_equal, load_state(tmp_path / "run", 6), load_state(warm[0], 6))
+    assert exact(tmp_path / "run") == exact(whole)
+    for name in ("experts.jsonl", "pairs.jsonl", "predictions.jsonl", "before.jsonl"):
+        broken, other = ((folder / name).read_text() if (folder / name).exists() else None for folder in (tmp_path / "run", whole))
+        assert broken == other
+    last = max(int(path.name) for path in (whole / "checkpoints").iterdir() if path.name.isdigit())
+    jax.tree.map(np.testing.assert_array_equal, load_state(tmp_path / "run", last), load_state(whole, last))
 
 
 @pytest.mark.parametrize("method", ["sft", "better_together"])

@@ -46,13 +46,21 @@ def test_methods_learn_what_their_names_say(networks):
 def test_methods_differ_under_every_config_that_is_shipped(path):
     def resolved(name):
         found = methods.resolve(run.load_config(path, (("method", name),)))
-        return found.train.prompt_gradient, METHODS[name].prompt, METHODS[name].adapter, METHODS[name].shared, METHODS[name].alternating
+        return (
+            found.train.prompt_gradient,
+            METHODS[name].prompt,
+            METHODS[name].adapter,
+            METHODS[name].shared,
+            METHODS[name].alternating,
+        )
 
     assert len({resolved(name) for name in METHODS if not METHODS[name].preference}) == len(METHODS) - 1
 
 
 def test_a_name_decides_few_settings():
-    base = config.make(train={"num_steps": 11, "prompt_gradient": "none"}, generator={"train": "full"}, warmup={"generator_steps": 3})
+    base = config.make(
+        train={"num_steps": 11, "prompt_gradient": "none"}, generator={"train": "full"}, warmup={"generator_steps": 3}
+    )
     resolve = lambda name: methods.resolve(dataclasses.replace(base, method=name))
     assert resolve("metatuner_j") == base
     assert resolve("metatuner_st").train.prompt_gradient == "straight_through"
@@ -99,7 +107,9 @@ def term_gradients(setup, params, frozen, batch, key):
 
     @jax.jit
     def gradients(params):
-        both = lambda p: [losses.joint_loss(setup, p, params["prompt"], frozen, batch, key)[1][f"{term}_loss"] for term in losses.TERMS]
+        both = lambda p: [
+            losses.joint_loss(setup, p, params["prompt"], frozen, batch, key)[1][f"{term}_loss"] for term in losses.TERMS
+        ]
         _, back = jax.vjp(both, params)
         return [back([a, b])[0] for a, b in ((1.0, 0.0), (0.0, 1.0))]
 
@@ -173,7 +183,9 @@ def test_deltas_that_differ_between_queries_are_told_from_those_that_do_not(netw
     assert 0 < metrics["delta_variance"] < 1 < metrics["delta_rank"] <= 3
     static = {**params, "hyper": {name: leaf * (not name.endswith("_up")) for name, leaf in params["hyper"].items()}}
     metrics = loss_of(setup)(static, params["prompt"], frozen, batch, jax.random.key(0))[1]
-    assert float(metrics["delta_variance"]) == pytest.approx(0, abs=1e-4) and float(metrics["delta_rank"]) == pytest.approx(1, abs=1e-2)
+    assert float(metrics["delta_variance"]) == pytest.approx(0, abs=1e-4) and float(metrics["delta_rank"]) == pytest.approx(
+        1, abs=1e-2
+    )
 
 
 # --- the second hypernetwork ---
@@ -234,7 +246,11 @@ def test_phases_follow_one_another_and_moments_are_kept_while_they_are_needed(ne
     setup = make_setup(warmup={"actor_steps": 3, "generator_steps": 2}, train={"num_steps": 4})
     phases = train.phases(setup)
     assert [(p.name, p.first, p.steps) for p in phases] == [("actor", 0, 3), ("generator", 3, 2), ("joint", 5, 4)]
-    assert [train.phase_at(phases, step).name for step in (0, 2, 3, 4, 5, 8, 9)] == [*["actor"] * 2, *["generator"] * 2, *["joint"] * 3]
+    assert [train.phase_at(phases, step).name for step in (0, 2, 3, 4, 5, 8, 9)] == [
+        *["actor"] * 2,
+        *["generator"] * 2,
+        *["joint"] * 3,
+    ]
     state = train.init_state(setup, networks(setup)[1])
     assert train.rest(state, phases, 2).opt_state["actor"] and not train.rest(state, phases, 3).opt_state["actor"]
     assert train.rest(state, phases, 3).opt_state["hyper"]
@@ -361,8 +377,12 @@ def test_a_search_from_an_earlier_prompt_settles_on_what_it_found_itself(tmp_pat
 def test_a_search_without_budget_says_so(tmp_path):
     setup = make_setup("prompt_search", rollout={"num_queries": 4, "search_prompts": 2, "budget": 7})
     rows = make_rows(6)
-    found = search.search(Actor(setup, []), {}, jax.random.key(0), rows, make_experts(tmp_path, rows), Words(), high, 0, 0, [9, END])
-    assert found["rollout_attempts"] == 0 and found["prompt"] == [9, END] and "rollout.budget=7 actor calls are spent" in found["what"]
+    found = search.search(
+        Actor(setup, []), {}, jax.random.key(0), rows, make_experts(tmp_path, rows), Words(), high, 0, 0, [9, END]
+    )
+    assert (
+        found["rollout_attempts"] == 0 and found["prompt"] == [9, END] and "rollout.budget=7 actor calls are spent" in found["what"]
+    )
 
 
 def test_a_budget_ends_rollouts_and_an_actor_that_does_not_change_is_not_asked_twice(tmp_path):
@@ -391,7 +411,9 @@ def test_pairs_are_a_right_and_a_wrong_answer(tmp_path):
 
     class Sampler(Actor):
         def answer(self, rows, index, prompt, mask, *rest, **settings):
-            prompt = np.array([{0: [20], 1: [3]}[i % 2] if rows.examples[row].query != "2" else [30] for i, row in enumerate(index)])
+            prompt = np.array(
+                [{0: [20], 1: [3]}[i % 2] if rows.examples[row].query != "2" else [30] for i, row in enumerate(index)]
+            )
             return super().answer(rows, index, prompt, mask, *rest, **settings)
 
     found = preference.refresh(Sampler(setup, []), {}, jax.random.key(0), rows, experts, pairs, Words(), high, 0, 0, 4)
