@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from metatuner_jax import transformer
+from metatuner_jax import product, transformer
 from metatuner_jax.config import ModelConfig
 
 
@@ -147,7 +147,8 @@ def sample(
     dtype = transformer.dtype_of(params)
     position = jnp.sum(start.mask, axis=-1)  # of the next token
     columns = jnp.pad(start.mask, ((0, 0), (0, max_new_tokens)))
-    caches = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0))), start.past)
+    grown = lambda leaf: jnp.pad(product.pack(leaf), ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0)))
+    caches = jax.tree.map(grown, start.past)
     read = functools.partial(transformer.run, config, params["layers"], loras=loras)
     if layers == "unroll":
         unstacked = transformer.unstack(params["layers"], loras, caches)

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -22,6 +23,31 @@ def einsum(spec: str, x, y, dtype=None):
     """
     dtype = dtype or x.dtype
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32 if jax.default_backend() == "cpu" else dtype).astype(dtype)
+
+
+def pack(x):
+    """Returns bfloat16 numbers as their bits where they are to stand in a buffer that a loop reads and writes, all else as it is.
+
+    Some versions of XLA's CPU backend write and read slices of bfloat16 by way of float32; integers they move as they are.
+    """
+    packs = x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if packs else x
+
+
+def unpack(x):
+    """Returns what was given to `pack`."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def named(x, name: str):
+    """Returns x, which a policy of `jax.checkpoint` may keep by its name, packed."""
+    return unpack(checkpoint_name(pack(x), name))
+
+
+@named.defjvp
+def _named_jvp(name, primals, tangents):
+    return unpack(checkpoint_name(pack(primals[0]), name)), tangents[0]
 
 
 def _forward(spec, x, y, dtype):

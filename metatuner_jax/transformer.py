@@ -6,7 +6,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from metatuner_jax import lora as lora_lib
@@ -55,7 +54,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x, lora):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        y = checkpoint_name(product.einsum("bti,io->bto", x, kernel.astype(x.dtype)), "product")
+        y = product.named(product.einsum("bti,io->bto", x, kernel.astype(x.dtype)), "product")
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32).astype(x.dtype)
         return y if lora is None else y + lora_lib.delta(x, lora)
@@ -89,8 +88,9 @@ class Block(nn.Module):
             k, v = jnp.concatenate([past.k, k], axis=2), jnp.concatenate([past.v, v], axis=2)
         if cache is not None:
             at = (layer, 0, 0, context.start, 0)
-            cache = Cache(jax.lax.dynamic_update_slice(cache.k, k[None], at), jax.lax.dynamic_update_slice(cache.v, v[None], at))
-            k, v = cache.k[layer], cache.v[layer]
+            written = (jax.lax.dynamic_update_slice(old, product.pack(new)[None], at) for old, new in ((cache.k, k), (cache.v, v)))
+            cache = Cache(*written)
+            k, v = product.unpack(cache.k[layer]), product.unpack(cache.v[layer])
         y = attention(q, k, v, context.attend)
         x = x + project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
@@ -208,7 +208,8 @@ def run(config, layers, x, context, loras=None, caches=None, past=None, keep=Fal
     Args:
       layers: a stack, or a tuple of stacks to be run in turn (such as the two halves of a cut one).
       loras: None, or for each projection a Lora with as many layers as all stacks together, or a tuple of these, one a stack.
-      caches: None, or a tuple of caches, to be written in place at column `context.start`: what decoding takes.
+      caches: None, or a tuple of caches as `product.pack` makes them, to be written in place at column `context.start`: what decoding
+        takes.
       past: None, or a tuple of caches whose columns stand before the tokens' own: what a differentiable pass takes.
       keep: return the keys and values of the tokens themselves, as `past` takes them.
       remat: as `train.remat`.

@@ -1,6 +1,7 @@
 """Products in mixed precision: their values, their gradients, and the type that a machine multiplies fastest."""
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,3 +58,16 @@ def test_a_cpu_is_given_the_type_that_it_can_multiply(tmp_path, flags, dtype):
     if flags:
         path.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     assert product.fastest_dtype(path) == dtype
+
+
+def test_packed_numbers_are_the_same_numbers_and_named_ones_keep_their_gradient(capsys):
+    x = jax.random.normal(jax.random.key(0), (3, 5), jnp.bfloat16)
+    assert product.pack(x).dtype == jnp.uint16 and product.pack(x.astype(jnp.float32)).dtype == jnp.float32
+    np.testing.assert_array_equal(product.unpack(product.pack(x)), x)
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(product.named(x, "kept")).astype(jnp.float32)))(x)
+    np.testing.assert_array_equal(gradient, jax.grad(lambda x: jnp.sum(jnp.sin(x).astype(jnp.float32)))(x))
+    policy = jax.checkpoint_policies.save_only_these_names("kept")
+    for name in ("kept", "other"):
+        body = jax.checkpoint(lambda x: jnp.sum(jnp.sin(product.named(jnp.exp(x), name))), policy=policy)
+        jax.ad_checkpoint.print_saved_residuals(body, x)
+        assert ("u16[3,5]" in capsys.readouterr().out) == (name == "kept")
