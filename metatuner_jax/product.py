@@ -39,15 +39,19 @@ def unpack(x):
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
+def _named(x, name):
+    return unpack(checkpoint_name(pack(x), name))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def named(x, name: str):
     """Returns x, which a policy of `jax.checkpoint` may keep by its name, packed."""
-    return unpack(checkpoint_name(pack(x), name))
+    return _named(x, name)
 
 
 @named.defjvp
 def _named_jvp(name, primals, tangents):
-    return unpack(checkpoint_name(pack(primals[0]), name)), tangents[0]
+    return _named(primals[0], name), tangents[0]  # not `named`: a policy does not see the names inside a function with its own rule
 
 
 def _forward(spec, x, y, dtype):

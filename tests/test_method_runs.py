@@ -95,14 +95,14 @@ def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root
 
 
 @pytest.mark.parametrize(
-    "settings, at",
-    [(("method=dpo", *PREFERENCE), 1), ((*WARM, "warmup.actor_train=full", "train.num_steps=1"), 1)],
+    "settings",
+    [("method=dpo", *PREFERENCE), (*WARM, "warmup.actor_train=full", "train.num_steps=1")],
     ids=["dpo", "full"],
 )
-def test_other_warm_ups_of_the_actor_go_on_too(settings, at, root, tmp_path, monkeypatch):
+def test_other_warm_ups_of_the_actor_go_on_too(settings, root, tmp_path, monkeypatch):
     settings = (*settings, "train.checkpoint_every=1")
     assert start(command(root, tmp_path / "whole", *settings))[0] == 0
-    goes_on(settings, at, tmp_path / "whole", root, tmp_path, monkeypatch)
+    goes_on(settings, 1, tmp_path / "whole", root, tmp_path, monkeypatch)
 
 
 def goes_on(settings, at, whole, root, tmp_path, monkeypatch):
