@@ -346,12 +346,15 @@ def _rollout(work):
         adapter = passes.adapter(work.params, h)
         return passes.answer(rows, np.repeat(index, copies), written.tokens, written.mask, adapter, weigh=True)
 
-    began = time.perf_counter()
-    run()
+    took = []
+    for _ in range(2):
+        began = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - began)
     n, model, length = 8 * copies, setup.actor, PREFIX + PROMPT + ACTOR_QUERY
     flops = pass_flops(model, 8, QUERY, QUERY, 1) + PROMPT * pass_flops(model, n, 1, QUERY, 1)
     flops += 2 * pass_flops(model, n, length, length, 1) + 2 * ANSWER * pass_flops(model, n, 1, length, 1)
-    return Part(run, n * (PROMPT + length + ANSWER) + 8 * QUERY, flops, compile_s=time.perf_counter() - began)
+    return Part(run, n * (PROMPT + length + ANSWER) + 8 * QUERY, flops, compile_s=took[0] - took[1])
 
 
 def _part(function, args, tokens, flops, moved=0.0):
@@ -379,15 +382,16 @@ PARTS = {
 
 
 def rounds(runs: dict[str, Callable], count: int, budget_s: float = 60.0) -> dict[str, list[float]]:
-    """Returns the seconds of each run, round by round: each once in every round, in turns, after one that does not count.
+    """Returns the seconds of each run, round by round: each once in every round, after one that does not count.
 
-    What takes long is repeated less: a run stops taking part once it has had three rounds and `budget_s` seconds.
+    Every other round goes backwards, so that none always follows the same one. What takes long is repeated less: a run stops taking
+    part once it has had three rounds and `budget_s` seconds.
     """
     for run in runs.values():
         run()
     seconds = {name: [] for name in runs}
-    for _ in range(count):
-        for name, run in runs.items():
+    for i in range(count):
+        for name, run in list(runs.items())[:: -1 if i % 2 else 1]:
             if len(seconds[name]) < 3 or sum(seconds[name]) < budget_s:
                 began = time.perf_counter()
                 run()
@@ -529,6 +533,7 @@ def measure(given) -> dict:
         "versions": run_lib.versions(), "settings": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
         "parts": {}, "torch": {}, "ceilings": {}, "ratios": {},
     }  # fmt: skip
+    print(HEAD)
     for dtype in given.dtypes:
         found["ceilings"][dtype] = ceilings(dtype)
         groups = [[name for name in given.parts if (name == "step_full") == full] for full in (False, True)]  # by what the generator learns
@@ -542,6 +547,7 @@ def measure(given) -> dict:
 
                 theirs = bench_torch.make_runs(work, names)
                 found["versions"] |= bench_torch.versions()
+                found["machine"]["torch_threads"] = bench_torch.torch.get_num_threads()
             seconds = rounds({**{name: part.run for name, part in parts.items()}, **theirs}, given.rounds)
             for name, part in parts.items():
                 found["parts"][dtype][name] = describe(part, seconds[name], found["ceilings"][dtype])
@@ -594,21 +600,23 @@ def ratios(found: dict) -> dict:
     return made
 
 
+HEAD = (
+    f"{'part':<28}{'type':<10}{'median s':>10}{'least':>9}{'most':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'of product':>11}{'GB/s':>7}{'temp MiB':>10}{'compile s':>10}"
+)
+
+
 def say(found: dict, dtype: str, names, theirs) -> None:
     """Prints the rows of the table that are new: of our parts and of torch's runs with these names."""
-    ceiling = found["ceilings"][dtype]
-    print(f"\n{dtype}: a large product {ceiling['flops_per_s'] / 1e9:.0f} GFLOP/s, a large copy {ceiling['bytes_per_s'] / 1e9:.1f} GB/s")
-    print(f"{'part':<28}{'median s':>10}{'least':>9}{'most':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'of product':>11}{'GB/s':>7}{'temp MiB':>10}{'compile s':>10}")
+    timed = lambda name, p: f"{name:<28}{dtype:<10}{p['median_s']:>10.4f}{p['least_s']:>9.4f}{p['most_s']:>9.4f}"
     for name in names:
         p = found["parts"][dtype][name]
         moved = f"{p['bytes_per_s'] / 1e9:.1f}" if "bytes_per_s" in p else "-"
         print(
-            f"{name:<28}{p['median_s']:>10.4f}{p['least_s']:>9.4f}{p['most_s']:>9.4f}{p['tokens_per_s']:>10.0f}{p['flops_per_s'] / 1e9:>9.1f}"
+            f"{timed(name, p)}{p['tokens_per_s']:>10.0f}{p['flops_per_s'] / 1e9:>9.1f}"
             f"{100 * p['share_of_product']:>10.0f}%{moved:>7}{p['temporary_bytes'] / 2**20:>10.0f}{p['compile_s']:>10.1f}"
         )
     for name in theirs:
-        p = found["torch"][dtype][name]
-        print(f"{name:<28}{p['median_s']:>10.4f}{p['least_s']:>9.4f}{p['most_s']:>9.4f}")
+        print(timed(name, found["torch"][dtype][name]))
     sys.stdout.flush()
 
 
@@ -656,7 +664,20 @@ def main(arguments=None) -> int:
         print(json.dumps(in_child(given)))
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)  # a cache that the user's environment names would hide the time to compile
     found = measure(given)
+    print()
+    for dtype, ceiling in found["ceilings"].items():
+        print(f"{dtype}: a large product {ceiling['flops_per_s'] / 1e9:.0f} GFLOP/s, a large copy {ceiling['bytes_per_s'] / 1e9:.1f} GB/s")
+    for which, start in found.get("starts", {}).items():
+        if which != "entry_bytes":
+            print(f"{which} start: {start['lower_s']:.1f} s to trace and lower the step, {start['compile_s']:.1f} s to compile or load it")
+    if "starts" in found:
+        print(f"the step's entry in the cache of compiled programs: {found['starts']['entry_bytes'] / 1e6:.2f} MB")
+    for which, size in found.get("memory", {}).items():
+        print(f"peak memory of the step, {which}: {size / 1e9:.2f} GB")
     print("\n" + "\n".join(f"{name:<18}{value:8.3f}" for name, value in found["ratios"].items()))
     run_lib.write_json(given.out / "bench.json", found)
     print(f"\nEverything is in {given.out / 'bench.json'}")

@@ -151,8 +151,8 @@ def sample(
     caches = jax.tree.map(grown, start.past)
     read = functools.partial(transformer.run, config, params["layers"], loras=loras)
     if layers == "unroll":
-        unstacked = transformer.unstack(params["layers"], loras, caches)
-        read, caches = functools.partial(transformer.run_unstacked, config, unstacked), tuple(cache for *_, cache in unstacked)
+        read = functools.partial(transformer.run_unstacked, config, transformer.unstack(params["layers"], loras))
+        caches = tuple(jax.tree.map(lambda leaf: leaf[i : i + 1], cache) for cache in caches for i in range(len(jax.tree.leaves(cache)[0])))
 
     def choose(logits, i):
         noise = None if greedy else gumbel(key, rows, i, logits.shape[-1])

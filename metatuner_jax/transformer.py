@@ -233,20 +233,18 @@ def by_stack(layers, loras):
     return stacks, sizes, loras
 
 
-def unstack(layers, loras, caches) -> list:
-    """Returns (weights, LoRA or None, cache) of each layer by itself, of what `run` takes; a cache keeps its layer axis, of size 1."""
-    stacks, sizes, loras = by_stack(layers, loras)
+def unstack(layers, loras=None) -> list:
+    """Returns (weights, LoRA or None) of each layer by itself, of what `run` takes."""
     return [
-        (*jax.tree.map(lambda leaf: leaf[i], (stack, lora)), jax.tree.map(lambda leaf: leaf[i : i + 1], cache))
-        for stack, size, lora, cache in zip(stacks, sizes, loras, caches) for i in range(size)
-    ]  # fmt: skip
+        jax.tree.map(lambda leaf: leaf[i], (stack, lora)) for stack, size, lora in zip(*by_stack(layers, loras)) for i in range(size)
+    ]
 
 
 def run_unstacked(config, layers, x, context, caches):
-    """Returns what `run` does with caches, for the weights and LoRA that `unstack` made; caches are a tuple, one a layer."""
+    """Returns what `run` does with caches, for what `unstack` made of its layers; caches are a tuple, one a layer, each a stack of one."""
     made = []
-    for (weights, loras, _), cache in zip(layers, caches):
-        (x, cache, _), _ = Block(config).apply({"params": weights}, (x, cache, 0), (loras, None), context)
+    for (weights, lora), cache in zip(layers, caches):
+        (x, cache, _), _ = Block(config).apply({"params": weights}, (x, cache, 0), (lora, None), context)
         made.append(cache)
     return x, tuple(made)
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from conftest import save_model
 
 from experiments import bench
 from metatuner_jax.config import ModelConfig
@@ -57,8 +58,9 @@ def test_ratios_take_each_side_in_the_type_in_which_it_is_fastest():
     )
 
 
-def test_a_second_process_takes_the_step_from_the_first_ones_cache(tiny_model):
-    given = bench.parse(["--model", str(tiny_model), "--batch_size", "2"])
+def test_a_second_process_takes_the_step_from_the_first_ones_cache_which_holds_no_weights(tmp_path):
+    folder = save_model(tmp_path / "wide", vocab_size=60_000)  # 5.8 MB of random numbers
+    given = bench.parse(["--model", str(folder), "--batch_size", "2"])
     found = bench.starts(given, "float32")
     assert 0 < found["entry_bytes"] < 5e6
     assert all(math.isfinite(value) and value > 0 for start in (found["first"], found["second"]) for value in start.values())

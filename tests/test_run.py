@@ -419,6 +419,14 @@ def test_a_run_that_goes_on_keeps_the_type_that_auto_stood_for(saved, dtype, fin
     assert jobs[0].given.dtype == "auto" and jobs[0].setup.config.dtype == dtype
 
 
+def test_weights_of_one_checkpoint_are_held_once(root):
+    _, _, assignments = run.parse(command(root, "run", "method=metatuner_j"))
+    job = run.prepare(run.load_config(root / "config.py", assignments))
+    frozen, _ = run.load_networks(job.setup, job.tokens, jax.random.key(0), job.mesh)
+    pairs = list(zip(jax.tree.leaves(frozen.generator), jax.tree.leaves(frozen.actor), strict=True))
+    assert pairs and all(one is other for one, other in pairs)
+
+
 def test_a_full_generator_may_differ_from_the_actor(root, tmp_path):
     settings = (f"generator.model={root}/larger", "generator.train=full", "train.num_steps=2", "rollout.every=0")
     code, output = start(command(root, tmp_path / "run", *settings))
