@@ -664,9 +664,7 @@ def main(arguments=None) -> int:
         print(json.dumps(in_child(given)))
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
-    import jax
-
-    jax.config.update("jax_enable_compilation_cache", False)  # a cache that the user's environment names would hide the time to compile
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # before jax reads it: such a cache would hide the time to compile
     found = measure(given)
     print()
     for dtype, ceiling in found["ceilings"].items():
