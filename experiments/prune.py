@@ -8,7 +8,6 @@ The first prints how much each layer changes what it reads, the least first: tho
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -76,8 +75,6 @@ def prune(spec, keep: list[int], folder: pathlib.Path) -> None:
     Raises:
       ValueError: the folder is there already, or the layers are not those of the model, each once and in order.
     """
-    from safetensors.numpy import save_file
-
     config = pretrained.load_config(spec)
     if keep != sorted(set(keep)) or not 0 <= keep[0] <= keep[-1] < config.num_layers:
         raise ValueError(f"--keep={','.join(map(str, keep))} must name layers of 0 to {config.num_layers - 1}, each once and in order")
@@ -91,10 +88,8 @@ def prune(spec, keep: list[int], folder: pathlib.Path) -> None:
         array = arrays[leaf.path]
         for name, part in zip(leaf.names, array[keep] if leaf.stacked else [array]):
             tensors[name] = np.ascontiguousarray(part.T if leaf.transposed else part)
-    folder.mkdir(parents=True)
-    pretrained.load_tokenizer(spec).save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**pretrained.hf_config(config), "dtype": "float32"}, indent=2) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    pretrained.write(config, tensors, pretrained.load_tokenizer(spec), folder)
 
 
 if __name__ == "__main__":

@@ -625,17 +625,22 @@ def _unpermute(array, heads):
 
 def convert(gguf_path, folder) -> None:
     """Writes a GGUF file as a folder laid out as on the hub, weights dequantised to float32."""
-    from safetensors.numpy import save_file
-
-    gguf_path, folder = pathlib.Path(gguf_path), pathlib.Path(folder)
+    gguf_path = pathlib.Path(gguf_path)
     file = _read_gguf(gguf_path)
     config = _config_of_gguf(gguf_path, file)
     tensors = _tensors_of_gguf(gguf_path, file, config)
     _check_tensors(config, tensors, layout(config), gguf_path)
     tokenizer = _tokenizer_of_gguf(gguf_path, file)
+    write(config, {name: np.ascontiguousarray(tensor.read(), np.float32) for name, tensor in tensors.items()}, tokenizer, folder)
+
+
+def write(config: ModelConfig, tensors: dict[str, np.ndarray], tokenizer, folder) -> None:
+    """Writes a model as a new folder laid out as on the hub. `tensors`: contiguous, float32, named and shaped as `layout` says."""
+    from safetensors.numpy import save_file
+
+    folder = pathlib.Path(folder)
     folder.mkdir()
-    arrays = {name: np.ascontiguousarray(tensor.read(), np.float32) for name, tensor in tensors.items()}
-    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # written for its owner alone, unlike the other files
     tokenizer.save_pretrained(folder)
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
