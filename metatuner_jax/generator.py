@@ -361,7 +361,7 @@ def relaxed_prompt(
             chosen = jax.nn.softmax(logits / temperature + noise, axis=-1).astype(embedding.dtype)
             return product.einsum("bmv,vd->bmd", chosen, embedding, jnp.float32)
 
-        return transformer.in_chunks(of_chunk, states, places)
+        return transformer.in_chunks(jax.checkpoint(of_chunk), states, places)
 
     words = sampled.mask & (sampled.tokens != setup.end_id)
     hard = embedding[sampled.tokens].astype(jnp.float32)

@@ -54,7 +54,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x, lora):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        y = product.named(product.einsum("bti,io->bto", x, kernel.astype(x.dtype)), "product")
+        y = product.einsum("bti,io->bto", x, kernel.astype(x.dtype))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32).astype(x.dtype)
         return y if lora is None else y + lora_lib.delta(x, lora)
@@ -81,8 +81,10 @@ class Block(nn.Module):
             project(name, y, c.qkv_bias).reshape(*y.shape[:2], -1, c.head_width).swapaxes(1, 2) for name in ("q", "k", "v")
         )
         if c.qk_norm:
-            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-        q, k = rotate(q, context), rotate(k, context)
+            q, k = RMSNorm(c.norm_eps, name="q_norm")(kept(q)), RMSNorm(c.norm_eps, name="k_norm")(kept(k))
+            q, k, v = rotate(q, context), rotate(k, context), kept(v)
+        else:
+            q, k, v = kept(rotate(q, context)), kept(rotate(k, context)), kept(v)
         own = Cache(k, v) if self.keep else None
         if past is not None:
             k, v = jnp.concatenate([past.k, k], axis=2), jnp.concatenate([past.v, v], axis=2)
@@ -92,14 +94,19 @@ class Block(nn.Module):
             cache = Cache(*written)
             k, v = product.unpack(cache.k[layer]), product.unpack(cache.v[layer])
         y = attention(q, k, v, context.attend)
-        x = x + project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        x = x + kept(project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
-        x = x + project("down", jax.nn.silu(project("gate", y)) * project("up", y))
+        gate, up = (kept(project(name, y)).astype(jnp.float32) for name in ("gate", "up"))
+        x = x + project("down", (jax.nn.silu(gate) * up).astype(x.dtype))
         return (x, cache, layer + 1), own
 
 
-# What the backward pass finds kept. Of products, those with the layers' own weights: neither attention's nor a LoRA's.
-REMAT = {"products": jax.checkpoint_policies.save_only_these_names("product"), "all": jax.checkpoint_policies.nothing_saveable}
+def kept(x):
+    """Returns x, which a backward pass with `remat="products"` finds kept; what else it needs, it makes again."""
+    return product.named(x, "kept")
+
+
+REMAT = {"products": jax.checkpoint_policies.save_only_these_names("kept"), "all": jax.checkpoint_policies.nothing_saveable}
 
 
 class Stack(nn.Module):
@@ -251,27 +258,34 @@ def run_unstacked(config, layers, x, context, caches):
 
 def logits(config: ModelConfig, params: dict, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
     """Returns the scores of the next token, float32. `x` is the residual stream after the last layer."""
+    return product.einsum("btd,vd->btv", *_to_score(config, params, x), jnp.float32)
+
+
+def _to_score(config, params, x):
+    """Returns the two arrays, [b, t, d] and [v, d], whose product is the scores."""
     x = rms_normalise(x, config.norm_eps) * params["norm"]["scale"].astype(jnp.float32)
     head = params["embed"]["embedding"] if "head" not in params else params["head"]["kernel"]
-    return product.einsum("btd,vd->btv", x.astype(head.dtype), head, jnp.float32)
+    return x.astype(head.dtype), head
 
 
-SCORED_TOKENS = 32  # of each row, whose scores are alive at once
+SCORED_TOKENS = 16  # of each row, whose scores are alive at once
 
 
 def in_chunks(function, *arrays):
-    """Returns function(*arrays) of arrays [b, t, ...], worked out for a few tokens of each row at a time, again in the backward pass.
+    """Returns function(*arrays) of arrays [b, t, ...], worked out for a few tokens of each row at a time, alike in number.
 
-    What `function` makes on its way, such as scores [b, t, v], is alive for these tokens alone. It must treat every token by itself.
+    What `function` makes on its way, such as scores [b, t, v], is alive for these tokens alone, if its backward pass makes it again.
+    It must treat every token by itself.
     """
-    function, t = jax.checkpoint(function), arrays[0].shape[1]
-    if t <= SCORED_TOKENS:
-        return function(*arrays)
+    t = arrays[0].shape[1]
     count = -(-t // SCORED_TOKENS)
+    size = -(-t // count)
+    if count == 1:
+        return function(*arrays)
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, count * SCORED_TOKENS - t)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, SCORED_TOKENS, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, ((0, 0), (0, count * size - t)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
@@ -280,18 +294,40 @@ def in_chunks(function, *arrays):
     return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), tuple(split(x) for x in arrays)))
 
 
+@jax.custom_vjp
+def _likelihoods_of(x: Float[Array, "b t d"], head: Float[Array, "v d"], targets: Int[Array, "b t"]):
+    """Returns the log-probability of each target, float32: its score less the logarithm of the sum of e to all scores.
+
+    The backward pass makes the scores again, and knows the sum: the gradient by them is that of the target's less their softmax.
+    """
+    return _likelihoods_forward(x, head, targets)[0]
+
+
+def _likelihoods_forward(x, head, targets):
+    scores = product.einsum("btd,vd->btv", x, head, jnp.float32)
+    total = jax.nn.logsumexp(scores, axis=-1)
+    return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] - total, (x, head, targets, total)
+
+
+def _likelihoods_backward(saved, gradient):
+    x, head, targets, total = saved
+    scores = product.einsum("btd,vd->btv", x, head, jnp.float32)
+    is_target = targets[..., None] == jnp.arange(head.shape[0])
+    of_scores = (gradient[..., None] * (is_target - jnp.exp(scores - total[..., None]))).astype(x.dtype)
+    return product.einsum("btv,vd->btd", of_scores, head), product.einsum("btd,btv->vd", x, of_scores, head.dtype), None
+
+
+_likelihoods_of.defvjp(_likelihoods_forward, _likelihoods_backward)
+
+
 def log_likelihoods(config: ModelConfig, params: dict, x: Float[Array, "b t d"], targets: Int[Array, "b t"]) -> Float[Array, "b t"]:
     """Returns the log-probability of each target, float32, in nats, without keeping the scores of all words.
 
     Args:
       x: the residual stream after the last layer: x[:, i] is what targets[:, i] is predicted from.
     """
-
-    def of_chunk(x, targets):
-        scores = logits(config, params, x)
-        return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(scores, axis=-1)
-
-    return in_chunks(of_chunk, x, targets)
+    x, head = _to_score(config, params, x)
+    return in_chunks(lambda x, targets: _likelihoods_of(x, head, targets), x, targets)
 
 
 def forward(config: ModelConfig, params: dict, tokens, mask=None, loras=None, remat: str = "none") -> Float[Array, "b t v"]:
