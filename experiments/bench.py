@@ -131,9 +131,10 @@ class Part:
     run: Callable  # run(): does it once and waits
     tokens: int  # read or written
     flops: float  # of the matrix products that the model asks for: recomputing counts for nothing
-    moved: float = 0.0  # bytes of weights and caches read, where these are what takes the time
-    compile_s: float = 0.0
-    temporary: int = 0  # bytes that the compiled program allocates beside its arguments
+    moved: float  # bytes of weights, LoRA, caches and state that cannot but be read or written; activations are not among them
+    compile_s: float
+    temporary: int  # bytes that the compiled program allocates beside its arguments and results
+    peak: int  # bytes of all three
 
 
 def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int) -> float:
@@ -155,8 +156,15 @@ def weight_bytes(params) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
+def sizes(program) -> tuple[int, int]:
+    """Returns the bytes that a compiled program allocates beside its arguments and results, and these with them."""
+    found = program.memory_analysis()
+    ends = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.temp_size_in_bytes, ends + found.temp_size_in_bytes
+
+
 def compiled(function, *args):
-    """Returns (run, compile seconds, temporary bytes) of a function of arrays; run() does it once and waits."""
+    """Returns (run, compile seconds, sizes) of a function of arrays; run() does it once and waits."""
     import jax
 
     from metatuner_jax import product
@@ -164,8 +172,7 @@ def compiled(function, *args):
     began = time.perf_counter()
     program = jax.jit(function, compiler_options=product.compiler_options()).lower(*args).compile()
     took = time.perf_counter() - began
-    analysis = program.memory_analysis()
-    return lambda: jax.block_until_ready(program(*args)), took, analysis.temp_size_in_bytes if analysis else 0
+    return lambda: jax.block_until_ready(program(*args)), took, sizes(program)
 
 
 def loras_of(work, shared=False):
@@ -192,7 +199,7 @@ def _prefill(work):
 
     rows = [work.batch[name] for name in ("expert", "expert_mask", "query", "query_mask")]
     n, length = len(rows[0]), PREFIX + PROMPT + ACTOR_QUERY
-    return _part(run, (actor_params, *rows), n * length, pass_flops(setup.actor, n, length, length, 0))
+    return _part(run, (actor_params, *rows), n * length, pass_flops(setup.actor, n, length, length, 0), weight_bytes(actor_params))
 
 
 def _decode(work):
@@ -212,9 +219,14 @@ def _decode(work):
     params = work.frozen.actor
     flops = pass_flops(model, DECODE_ROWS, DECODE_PAST, DECODE_PAST, 1)
     flops += (DECODE_NEW - 1) * pass_flops(model, DECODE_ROWS, 1, DECODE_PAST + DECODE_NEW // 2, 1)
-    cache = 2 * model.num_layers * DECODE_ROWS * model.num_kv_heads * model.head_width * (DECODE_PAST + DECODE_NEW) * setup.dtype.itemsize
-    moved = (DECODE_NEW - 1) * (weight_bytes(params) + cache)
+    moved = (DECODE_NEW - 1) * (weight_bytes(params) + cache_bytes(setup, DECODE_ROWS, DECODE_PAST + DECODE_NEW))
     return _part(run, (params, jnp.array(tokens)), DECODE_ROWS * DECODE_NEW, flops, moved)
+
+
+def cache_bytes(setup, rows: int, columns: int) -> int:
+    """Returns the size of the actor's keys and values."""
+    model = setup.actor
+    return 2 * model.num_layers * rows * model.num_kv_heads * model.head_width * columns * setup.dtype.itemsize
 
 
 def decode_tokens(vocab_size):
@@ -253,7 +265,8 @@ def _generator(packed):
         n, copies = len(work.batch["query"]), 1 if packed else 2
         read = QUERY * copies + 2 * (PROMPT - 1)
         flops = (3 if setup.config.generator.train == "full" else 2) * pass_flops(model, n, read, QUERY, 2 * PROMPT)
-        return _part(jax.value_and_grad(loss), (learning, work.frozen, work.batch), n * read, flops)
+        moved = 2 * copies * weight_bytes(work.frozen.generator)
+        return _part(jax.value_and_grad(loss), (learning, work.frozen, work.batch), n * read, flops, moved)
 
     return make
 
@@ -286,9 +299,11 @@ def _actor(backward=True, shared=False):
         def loss(loras, frozen, batch):
             return losses.task_loss(setup, frozen, loras, batch, batch["expert"], batch["expert_mask"])
 
-        flops = (2 if backward else 1) * pass_flops(setup.actor, n, ACTOR_TOKENS, ACTOR_TOKENS, ANSWER)
+        times, loras = 2 if backward else 1, loras_of(work, shared)
+        flops = times * pass_flops(setup.actor, n, ACTOR_TOKENS, ACTOR_TOKENS, ANSWER)
+        moved = times * (weight_bytes(work.frozen.actor) + weight_bytes(loras))
         function = jax.value_and_grad(loss) if backward else loss
-        return _part(function, (loras_of(work, shared), work.frozen, work.batch), n * ACTOR_TOKENS, flops)
+        return _part(function, (loras, work.frozen, work.batch), n * ACTOR_TOKENS, flops, moved)
 
     return make
 
@@ -318,7 +333,9 @@ def _step(train="lora", prompt_gradient="none"):
         flops += pass_flops(model, n, PROMPT - 1, QUERY, PROMPT) + 2 * pass_flops(model, n, ACTOR_TOKENS, ACTOR_TOKENS, ANSWER)
         flops += 6 * n * sum(leaf.size for leaf in jax.tree.leaves(work.params["hyper"]))
         tokens = n * (QUERY + 2 * PROMPT + PREFIX + PROMPT + ACTOR_QUERY + ANSWER)
-        return Part(run, tokens, flops, compile_s=took, temporary=program.memory_analysis().temp_size_in_bytes)
+        # Weights: for each token sampled, for what the prompt decoder's copy reads, forward and backward in both models.
+        moved = (PROMPT - 1 + 1 + 2 + 2) * weight_bytes(work.frozen.actor) + 2 * weight_bytes(state)
+        return Part(run, tokens, flops, moved, took, *sizes(program))
 
     return make
 
@@ -349,17 +366,21 @@ def _rollout(work):
     took = []
     for _ in range(2):
         began = time.perf_counter()
-        run()
+        with Peak() as peak:
+            run()
         took.append(time.perf_counter() - began)
     n, model, length = 8 * copies, setup.actor, PREFIX + PROMPT + ACTOR_QUERY
     flops = pass_flops(model, 8, QUERY, QUERY, 1) + PROMPT * pass_flops(model, n, 1, QUERY, 1)
     flops += 2 * pass_flops(model, n, length, length, 1) + 2 * ANSWER * pass_flops(model, n, 1, length, 1)
-    return Part(run, n * (PROMPT + length + ANSWER) + 8 * QUERY, flops, compile_s=took[0] - took[1])
+    loras = weight_bytes(jax.eval_shape(functools.partial(loras_of, work))) * n // len(work.batch["query"])
+    moved = (1 + PROMPT + 2 + ANSWER) * weight_bytes(work.frozen.actor) + (2 + ANSWER) * loras
+    # Several programs: their memory is what the process is seen to hold more in a run.
+    return Part(run, n * (PROMPT + length + ANSWER) + 8 * QUERY, flops, moved, took[0] - took[1], peak.bytes, peak.bytes)
 
 
-def _part(function, args, tokens, flops, moved=0.0):
-    run, took, temporary = compiled(function, *args)
-    return Part(run, tokens, flops, moved, took, temporary)
+def _part(function, args, tokens, flops, moved):
+    run, took, memory = compiled(function, *args)
+    return Part(run, tokens, flops, moved, took, *memory)
 
 
 PARTS = {
@@ -427,10 +448,9 @@ def describe(part: Part, seconds: list[float], ceiling: dict) -> dict:
     median = found["median_s"]
     found |= {
         "tokens_per_s": part.tokens / median, "flops_per_s": part.flops / median, "share_of_product": part.flops / median / ceiling["flops_per_s"],
-        "compile_s": part.compile_s, "temporary_bytes": part.temporary,
+        "bytes_per_s": part.moved / median, "share_of_copy": part.moved / median / ceiling["bytes_per_s"],
+        "compile_s": part.compile_s, "temporary_bytes": part.temporary, "peak_bytes": part.peak,
     }  # fmt: skip
-    if part.moved:
-        found |= {"bytes_per_s": part.moved / median, "share_of_copy": part.moved / median / ceiling["bytes_per_s"]}
     return found
 
 
@@ -601,7 +621,7 @@ def ratios(found: dict) -> dict:
 
 
 HEAD = (
-    f"{'part':<28}{'type':<10}{'median s':>10}{'least':>9}{'most':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'of product':>11}{'GB/s':>7}{'temp MiB':>10}{'compile s':>10}"
+    f"{'part':<28}{'type':<10}{'median s':>10}{'least':>9}{'most':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'of product':>11}{'GB/s':>7}{'of copy':>8}{'peak MiB':>10}{'compile s':>10}"
 )
 
 
@@ -610,10 +630,9 @@ def say(found: dict, dtype: str, names, theirs) -> None:
     timed = lambda name, p: f"{name:<28}{dtype:<10}{p['median_s']:>10.4f}{p['least_s']:>9.4f}{p['most_s']:>9.4f}"
     for name in names:
         p = found["parts"][dtype][name]
-        moved = f"{p['bytes_per_s'] / 1e9:.1f}" if "bytes_per_s" in p else "-"
         print(
-            f"{timed(name, p)}{p['tokens_per_s']:>10.0f}{p['flops_per_s'] / 1e9:>9.1f}"
-            f"{100 * p['share_of_product']:>10.0f}%{moved:>7}{p['temporary_bytes'] / 2**20:>10.0f}{p['compile_s']:>10.1f}"
+            f"{timed(name, p)}{p['tokens_per_s']:>10.0f}{p['flops_per_s'] / 1e9:>9.1f}{100 * p['share_of_product']:>10.0f}%"
+            f"{p['bytes_per_s'] / 1e9:>7.1f}{100 * p['share_of_copy']:>7.0f}%{p['peak_bytes'] / 2**20:>10.0f}{p['compile_s']:>10.1f}"
         )
     for name in theirs:
         print(timed(name, found["torch"][dtype][name]))

@@ -21,7 +21,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.prune", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="what actor.model takes")
     parser.add_argument("--text", type=pathlib.Path, help="a file whose lines the layers' influence is measured on")
-    parser.add_argument("--keep", type=lambda text: [int(word) for word in text.split(",")], help="the layers to keep, counted from 0")
+    parser.add_argument("--keep", type=layers, help="the layers to keep, counted from 0")
     parser.add_argument("--out", type=pathlib.Path, help="the folder to write; it must not be there yet")
     given = parser.parse_args(argv)
     try:
@@ -40,6 +40,14 @@ def main(argv=None) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
+
+
+def layers(text: str) -> list[int]:
+    """Returns the numbers of --keep."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers of layers with commas between them, such as 0,2,3") from None
 
 
 def influence(spec, texts: list[str], max_tokens: int = 64) -> list[float]:

@@ -145,6 +145,7 @@ def sample(
     length = t + max_new_tokens
     transformer.check_window(config, length)
     dtype = transformer.dtype_of(params)
+    loras = jax.tree.map(lambda leaf: leaf.astype(dtype), loras)  # once, and not for each token
     position = jnp.sum(start.mask, axis=-1)  # of the next token
     columns = jnp.pad(start.mask, ((0, 0), (0, max_new_tokens)))
     grown = lambda leaf: jnp.pad(product.pack(leaf), ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0)))

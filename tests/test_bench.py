@@ -23,8 +23,9 @@ def test_every_part_of_a_real_folder_is_measured(tiny_model, tmp_path, monkeypat
     for name, part in parts.items():
         assert 0 < part["least_s"] <= part["median_s"] <= part["most_s"] and part["compile_s"] > 0, name
         assert part["share_of_product"] == pytest.approx(part["flops_per_s"] / 1e12)
+        assert part["share_of_copy"] == pytest.approx(part["bytes_per_s"] / 1e11) and part["share_of_copy"] > 0
+        assert part["peak_bytes"] >= part["temporary_bytes"]
     assert parts["decode"]["tokens_per_s"] == pytest.approx(32 * 64 / parts["decode"]["median_s"])
-    assert parts["decode"]["bytes_per_s"] > 0
     assert found["ratios"] == {
         "per_row_lora": parts["actor_lora_per_row"]["median_s"] / parts["actor_lora_shared"]["median_s"]
     }

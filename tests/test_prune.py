@@ -71,3 +71,9 @@ def test_mistakes_end_with_one_line(arguments, text, tiny_model, tmp_path, monke
 def test_the_config_names_the_layers_that_are_left(tiny_model, tmp_path):
     prune.prune(str(tiny_model), [1], tmp_path / "one")
     assert json.loads((tmp_path / "one" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_layers_that_are_no_numbers_are_said_so(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prune.main(["--model", "none", "--keep", "a,b"])
+    assert "--keep: 'a,b' must be numbers of layers" in capsys.readouterr().err

@@ -87,17 +87,17 @@ def test_the_step_compiles_once_a_bucket_and_padding_changes_nothing(networks, b
             assert found[name] == pytest.approx(metrics[0][0][name], rel=2e-4)
 
 
-def lowered(setup, batch):
+def lowered(setup, batch, platforms=None):
     """Returns the step as it is given to the compiler, from shapes alone."""
 
     def make(key):
-        base, actor = transformer.init(setup.generator, key), transformer.init(setup.actor, key)
+        base, actor = (transformer.init(model, key, setup.dtype) for model in (setup.generator, setup.actor))
         base["layers"] = tuple(transformer.cut(base["layers"], *ends) for ends in ((0, 3), (3, setup.generator.num_layers)))
         state = train.init_state(setup, generator.init(setup, base, key, actor))
         return state, generator.Frozen(base, actor, jnp.ones(setup.actor.vocab_size, bool))
 
     state, frozen = jax.eval_shape(make, jax.random.key(0))
-    return make_step(setup).lower(state, frozen, batch, jax.random.key(0))
+    return make_step(setup).trace(state, frozen, batch, jax.random.key(0)).lower(lowering_platforms=platforms)
 
 
 def test_the_program_does_not_grow_with_depth(batch):
@@ -107,6 +107,16 @@ def test_the_program_does_not_grow_with_depth(batch):
     )
     lines = [lowered(one, batch).as_text().count("\n") for one in (setup, deeper)]
     assert lines[0] == lines[1] > 1000
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_step_is_lowered_for_accelerators(batch, monkeypatch, platform):
+    setup = make_setup(train={"prompt_gradient": "straight_through"})
+    setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, dtype="bfloat16"))
+    for_cpu = lowered(setup, batch).as_text()
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    text = lowered(setup, batch, (platform,)).as_text()
+    assert "ui16" in for_cpu and "bf16" in text and "ui16" not in text  # bfloat16 is moved as its bits on a CPU alone
 
 
 @pytest.mark.parametrize(("at_once", "alive"), [(8, False), (64, True)])
