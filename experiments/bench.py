@@ -403,17 +403,17 @@ PARTS = {
 
 
 def rounds(runs: dict[str, Callable], count: int, budget_s: float = 60.0) -> dict[str, list[float]]:
-    """Returns the seconds of each run, round by round: each once in every round, after one that does not count.
+    """Returns the seconds of each run, round by round: each once in every round, right after one that does not count.
 
-    Every other round goes backwards, so that none always follows the same one. What takes long is repeated less: a run stops taking
-    part once it has had three rounds and `budget_s` seconds.
+    So each is timed as in training, where a step follows a step: memory that another one freed before, a virtual machine may have given
+    back to its host, and getting it again takes time. Every other round goes backwards, so that none always follows the same one. What
+    takes long is repeated less: a run stops taking part once it has had three rounds and `budget_s` seconds.
     """
-    for run in runs.values():
-        run()
     seconds = {name: [] for name in runs}
     for i in range(count):
         for name, run in list(runs.items())[:: -1 if i % 2 else 1]:
             if len(seconds[name]) < 3 or sum(seconds[name]) < budget_s:
+                run()
                 began = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - began)
@@ -505,20 +505,23 @@ def child(what: str, given, cache: str | None = None, **other) -> dict:
 
 def in_child(given) -> dict:
     """Does what --child names: 'memory' or 'start' of our step, 'torch_memory' of torch's."""
-    dtype, train = given.dtypes[0], given.train
+    dtype, learns = given.dtypes[0], given.train
     if given.child == "torch_memory":
         from experiments import bench_torch
 
-        return {"bytes": bench_torch.step_memory(given.model, dtype, given.batch_size, train)}
+        return {"bytes": bench_torch.step_memory(given.model, dtype, given.batch_size, learns)}
     began = time.perf_counter()
     import jax
 
+    from metatuner_jax import train
+
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    work = make_work(given.model, dtype, given.batch_size, train)
+    work = make_work(given.model, dtype, given.batch_size, learns)
     step, state = work.step()
     del work.params
     key, ready = jax.random.key(3), time.perf_counter()
-    traced = step.lower(state, work.frozen, work.batch, key)
+    with train.uncollected():  # as a run does
+        traced = step.lower(state, work.frozen, work.batch, key)
     lowered = time.perf_counter()
     program = traced.compile()
     compiled_at = time.perf_counter()
@@ -647,7 +650,7 @@ def parse(arguments=None):
     parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="each is measured; ratios take the fastest of each side")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each part; before each, the part runs once uncounted")
     parser.add_argument("--against", choices=["torch"])
     parser.add_argument("--children", type=int, choices=[0, 1], default=1, help="0: no memory and starts of step_lora, which take processes of their own")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))

@@ -121,7 +121,8 @@ class Stack(nn.Module):
     def __call__(self, x, context, loras=None, cache=None, past=None):
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         scan = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=self.num_layers
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=self.num_layers,
+            check_constancy_invariants=False,  # or the layer is traced twice
         )
         # The cache is part of the carry, so that its columns are updated in place.
         (x, cache, _), own = scan(self.config, self.keep, name="layers")((x, cache, jnp.int32(0)), (loras, past), context)
