@@ -20,23 +20,26 @@ def splice(setup: Setup, prompt, prompt_mask, query, query_mask):
     return tokens, jnp.concatenate([jnp.ones(prefix.shape, bool), words, query_mask], axis=1)
 
 
-def answer(
-    setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask, max_tokens: int, key=None, rows=None,
-    temperature: float | Float[Array, ""] = 0.0, layers: str = "scan",
-) -> decode.Sampled:
-    """Returns the answers, greedy at temperature 0, of at most `max_tokens` tokens with their end token.
+def begin(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query_mask, max_tokens: int, **how) -> decode.Writing:
+    """Returns the answers with their first token, of at most `max_tokens` with their end token, greedy without a temperature.
 
     Args:
       loras: None, or the LoRA of each row or of all rows.
-      key, rows, layers: as in `decode.sample`.
+      how: key, rows and temperature as in `decode.sample`; `layers`, the actor's in place of those that read: see `decode.begin`.
     """
     tokens, mask = splice(setup, prompt, prompt_mask, query, query_mask)
     x = transformer.embed(frozen.actor["embed"]["embedding"], tokens, setup.dtype)
     prefill = decode.prefill(setup.actor, frozen.actor, x, mask, loras)
-    return decode.sample(
-        setup.actor, frozen.actor, prefill, max_new_tokens=max_tokens, end_id=setup.end_id,
-        allowed=frozen.allowed, key=key, rows=rows, temperature=temperature, loras=loras, layers=layers,
-    )  # fmt: skip
+    params = {**frozen.actor, "layers": how.pop("layers", frozen.actor["layers"])}
+    return decode.begin(
+        setup.actor, params, prefill, max_new_tokens=max_tokens, end_id=setup.end_id, allowed=frozen.allowed, **how
+    )
+
+
+def advance(setup: Setup, frozen: Frozen, loras, state: decode.Writing, **how) -> decode.Writing:
+    """Returns the answers as `decode.advance` writes them on, with settings as in `begin` and `until`."""
+    params = {**frozen.actor, "layers": how.pop("layers", frozen.actor["layers"])}
+    return decode.advance(setup.actor, params, state, end_id=setup.end_id, allowed=frozen.allowed, loras=loras, **how)
 
 
 def log_likelihoods(

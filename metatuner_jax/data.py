@@ -276,22 +276,28 @@ def batch_of(index, rows: Rows, experts) -> dict[str, np.ndarray]:
     return {**{name: getattr(rows, name)[index] for name in names}, "expert": expert, "expert_mask": expert_mask}
 
 
+_LEFT, _RIGHT = ("generator", "query"), ("answer", "chosen", "rejected")  # the side on which they are padded
+
+
+def parts_of(name: str, mask: np.ndarray, buckets: int) -> np.ndarray:
+    """Returns how many of `buckets` parts of its width hold each row, int [rows]; `mask` is bool [rows, t], of the tokens called `name`."""
+    width = mask.shape[1]
+    places = np.arange(width)
+    needed = np.where(mask, width - places if name in _LEFT else places + 1, 0).max(axis=1, initial=0)
+    return -(-needed * buckets // width)
+
+
 def trim(batch: dict[str, np.ndarray], buckets: int) -> dict[str, np.ndarray]:
     """Returns a batch without most of the columns that are padding in all of its rows.
 
     Queries and answers are cut to the least of 1, 2 .. `buckets` parts of their width that holds them, the same number for all of
     them, so that no more than `buckets` shapes are ever compiled. Prompts keep their width.
     """
-    left, right = ("generator", "query"), ("answer", "chosen", "rejected")
-    masks = {name: batch[name + "_mask"] for name in (*left, *right) if name in batch}
-    parts = 1
-    for name, mask in masks.items():
-        used = np.flatnonzero(mask.any(axis=0))
-        needed = 0 if not used.size else mask.shape[1] - used[0] if name in left else used[-1] + 1
-        parts = max(parts, -(-needed * buckets // mask.shape[1]))
+    masks = {name: batch[name + "_mask"] for name in (*_LEFT, *_RIGHT) if name in batch}
+    parts = max([1, *(int(parts_of(name, mask, buckets).max(initial=0)) for name, mask in masks.items())])
     trimmed = dict(batch)
     for name, mask in masks.items():
         width = -(-mask.shape[1] * parts // buckets)
         for key in (name, name + "_mask", *(["own"] if name == "generator" else [])):
-            trimmed[key] = batch[key][:, -width:] if name in left else batch[key][:, :width]
+            trimmed[key] = batch[key][:, -width:] if name in _LEFT else batch[key][:, :width]
     return trimmed

@@ -1,6 +1,5 @@
 """Rows are read once; what comes after them is sampled, or followed where it is given, from their keys and values."""
 
-import functools
 from typing import Any
 
 import flax.struct
@@ -36,16 +35,42 @@ class Sampled:
     first: Any  # float32 [b]: log-probability, under the model itself, of the first token
 
 
+@flax.struct.dataclass
+class Writing:
+    """Rows that are being written, each as far as it has come.
+
+    All of them cache the token that they read next in one column; after the last column comes the first. There is room for what a row
+    has read and may write, so that a row which takes the place of one that ended stands as far from its own beginning as any.
+    """
+
+    tokens: Any  # int32 [b, m]: what is written, and the end token in the places after it
+    count: Any  # int32 [b]: how many are written
+    ended: Any  # bool [b]: whether the end token is, or all m
+    first: Any  # float32 [b]: as in `Sampled`
+    rows: Any  # int32 [b]: each row's number (see `gumbel`)
+    position: Any  # int32 [b]: of the first token written
+    columns: Any  # bool [b, s]: what each row may look at
+    column: Any  # int32 []: where the next token that is read goes
+    caches: Any  # a tuple of `transformer.Cache`, one a stack or, without a layer axis, one a layer
+
+    def sampled(self) -> Sampled:
+        """Returns what is written."""
+        return Sampled(self.tokens, jnp.arange(self.tokens.shape[1]) < self.count[:, None], self.first)
+
+
+_OF_ROWS = ("tokens", "count", "ended", "first", "rows", "position", "columns")
+
+
 def gumbel(key, rows: Int[Array, " b"], position, num_tokens: int) -> Float[Array, "b v"]:
-    """Returns Gumbel noise that depends on the key, the row's number and the position alone.
+    """Returns Gumbel noise that depends on the key, the row's number and its position alone, an int or int32 [b].
 
     However rows are batched or spread over devices, a row gets the same noise.
     """
 
-    def one(row):
+    def one(row, position):
         return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, row), position), (num_tokens,))
 
-    return jax.vmap(one)(rows)
+    return jax.vmap(one)(rows, jnp.broadcast_to(position, rows.shape))
 
 
 def pick(logits: Float[Array, "b v"], noise, temperature, top_p, allowed: Bool[Array, " v"]) -> Int[Array, " b"]:
@@ -109,24 +134,108 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
 
 
 def fastest_layers() -> str:
-    """Returns how `sample` is quickest where much is decoded: elsewhere than on a CPU, a second copy of the weights is not worth it."""
+    """Returns how rows are written quickest where many are: elsewhere than on a CPU, a second copy of the weights is not worth it."""
     return "unroll" if jax.default_backend() == "cpu" else "scan"
 
 
+def begin(
+    config: ModelConfig, params: dict, start: Prefill, *, max_new_tokens: int, end_id: int, allowed: Bool[Array, " v"], key=None,
+    rows: Int[Array, " b"] | None = None, temperature: float | Float[Array, ""] = 0.0, top_p: float = 1.0,
+) -> Writing:
+    """Returns rows with the first token written, of at most `max_new_tokens`.
+
+    Args:
+      params: a list for layers (see `transformer.unstack`) is faster on a CPU than a stack, from which a scan copies each layer's
+        weights for each token. Other arguments are those of `sample`.
+    """
+    b, t = start.mask.shape
+    transformer.check_window(config, t + max_new_tokens)
+    grown = lambda leaf: jnp.pad(product.pack(leaf), ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0)))
+    caches = jax.tree.map(grown, start.past)
+    if isinstance(params["layers"], list):
+        caches = tuple(jax.tree.map(lambda leaf: leaf[i], cache) for cache in caches for i in range(cache.k.shape[0]))
+    scores = transformer.logits(config, params, start.last)[:, 0]
+    rows = jnp.arange(b) if rows is None else rows
+    token = pick(scores, _noise(key, rows, 0, scores, temperature), temperature, top_p, allowed)
+    first = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
+    return Writing(
+        tokens=jnp.full((b, max_new_tokens), end_id, jnp.int32).at[:, 0].set(token), count=jnp.ones(b, jnp.int32),
+        ended=(token == end_id) | (max_new_tokens == 1), first=first, rows=rows, position=jnp.sum(start.mask, axis=-1),
+        columns=jnp.pad(start.mask, ((0, 0), (0, max_new_tokens))), column=jnp.int32(t), caches=caches,
+    )  # fmt: skip
+
+
+def _noise(key, rows, position, scores, temperature):
+    greedy = isinstance(temperature, (int, float)) and temperature == 0
+    return None if greedy else gumbel(key, rows, position, scores.shape[-1])
+
+
+def advance(
+    config: ModelConfig, params: dict, state: Writing, *, end_id: int, allowed: Bool[Array, " v"], key=None,
+    temperature: float | Float[Array, ""] = 0.0, top_p: float = 1.0, loras=None, until: int | Int[Array, ""] | None = None,
+) -> Writing:
+    """Writes on until all rows have ended, or `until` of them. Arguments are those of `begin` and `sample`. To be called under jit."""
+    b, m = state.tokens.shape
+    dtype = transformer.dtype_of(params)
+    loras = jax.tree.map(lambda leaf: leaf.astype(dtype), loras)  # once, and not for each token
+    if loras is not None and isinstance(params["layers"], list):
+        loras = transformer.unstack(loras)
+
+    def step(state):
+        """Reads each row's newest token, writes its next."""
+        columns = jax.lax.dynamic_update_slice(state.columns, jnp.ones((b, 1), bool), (0, state.column))
+        newest = jnp.take_along_axis(state.tokens, jnp.maximum(state.count - 1, 0)[:, None], axis=1)
+        context = transformer.make_context(config, (state.position + state.count - 1)[:, None], columns[:, None], state.column)
+        x = transformer.embed(params["embed"]["embedding"], newest, dtype)
+        x, caches = transformer.run(config, params["layers"], x, context, loras, caches=state.caches)
+        scores = transformer.logits(config, params, x)[:, 0]
+        token = pick(scores, _noise(key, state.rows, state.count, scores, temperature), temperature, top_p, allowed)
+        here = (jnp.arange(m) == state.count[:, None]) & ~state.ended[:, None]
+        count = state.count + ~state.ended
+        return state.replace(
+            tokens=jnp.where(here, token[:, None], state.tokens), count=count, ended=state.ended | (token == end_id) | (count == m),
+            columns=columns, column=(state.column + 1) % columns.shape[1], caches=caches,
+        )  # fmt: skip
+
+    return jax.lax.while_loop(lambda state: jnp.sum(state.ended) < (b if until is None else until), step, state)
+
+
+def vacant(new: Writing, loras, b: int, place):
+    """Returns b rows that have ended, with nothing in them, and their LoRA: what `refill` puts rows like `new` into.
+
+    Args:
+      loras: of the rows, leaves [l, r, ...], or None.
+      place: place(array, axis=...) puts an array whose rows are along that axis on its devices.
+    """
+
+    def empty(leaf, axis=0):
+        return place(jnp.zeros((*leaf.shape[:axis], b, *leaf.shape[axis + 1 :]), leaf.dtype), axis=axis)
+
+    of_rows = {name: empty(getattr(new, name)) for name in _OF_ROWS}
+    caches = jax.tree.map(lambda leaf: empty(leaf, leaf.ndim - 4), new.caches)
+    state = Writing(**{**of_rows, "ended": place(jnp.ones(b, bool), axis=0)}, column=jnp.copy(new.column), caches=caches)
+    return state, jax.tree.map(lambda leaf: empty(leaf, 1), loras)
+
+
+def refill(state: Writing, loras, new: Writing, its_loras, places: Int[Array, " r"]):
+    """Returns the rows and their LoRA with those of `new`, fresh from `begin`, in the places given; a place of b or more is none.
+
+    What the new rows have read is put right before the column that all rows write next.
+    """
+
+    def put(old, new, axis=0):
+        return old.at[(slice(None),) * axis + (places,)].set(new, mode="drop")
+
+    turn = state.column - new.column
+    new = new.replace(columns=jnp.roll(new.columns, turn, axis=1), caches=jax.tree.map(lambda leaf: jnp.roll(leaf, turn, axis=-2), new.caches))
+    of_rows = {name: put(getattr(state, name), getattr(new, name)) for name in _OF_ROWS}
+    caches = jax.tree.map(lambda old, new: put(old, new, old.ndim - 4), state.caches, new.caches)
+    return state.replace(**of_rows, caches=caches), jax.tree.map(lambda old, new: put(old, new, 1), loras, its_loras)
+
+
 def sample(
-    config: ModelConfig,
-    params: dict,
-    start: Prefill,
-    *,
-    max_new_tokens: int,
-    end_id: int,
-    allowed: Bool[Array, " v"],
-    key=None,
-    rows: Int[Array, " b"] | None = None,
-    temperature: float | Float[Array, ""] = 0.0,
-    top_p: float = 1.0,
-    loras=None,
-    layers: str = "scan",
+    config: ModelConfig, params: dict, start: Prefill, *, max_new_tokens: int, end_id: int, allowed: Bool[Array, " v"], key=None,
+    rows: Int[Array, " b"] | None = None, temperature: float | Float[Array, ""] = 0.0, top_p: float = 1.0, loras=None, layers: str = "scan",
 ) -> Sampled:
     """Returns at most `max_new_tokens` written after each row, until every row has ended. To be called under jit.
 
@@ -140,49 +249,8 @@ def sample(
       layers: "scan" compiles one layer. "unroll" takes each layer's weights out of the stack before the first token, where a scan copies
         them for each: faster on a CPU, with a second copy of the weights and more to compile.
     """
-    greedy = isinstance(temperature, (int, float)) and temperature == 0
-    b, t = start.mask.shape
-    length = t + max_new_tokens
-    transformer.check_window(config, length)
-    dtype = transformer.dtype_of(params)
-    loras = jax.tree.map(lambda leaf: leaf.astype(dtype), loras)  # once, and not for each token
-    position = jnp.sum(start.mask, axis=-1)  # of the next token
-    columns = jnp.pad(start.mask, ((0, 0), (0, max_new_tokens)))
-    grown = lambda leaf: jnp.pad(product.pack(leaf), ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0)))
-    caches = jax.tree.map(grown, start.past)
-    read = functools.partial(transformer.run, config, params["layers"], loras=loras)
     if layers == "unroll":
-        read = functools.partial(transformer.run_unstacked, config, transformer.unstack(params["layers"], loras))
-        caches = tuple(jax.tree.map(lambda leaf: leaf[i : i + 1], cache) for cache in caches for i in range(len(jax.tree.leaves(cache)[0])))
-
-    def choose(logits, i):
-        noise = None if greedy else gumbel(key, rows, i, logits.shape[-1])
-        return pick(logits, noise, temperature, top_p, allowed)
-
-    scores = transformer.logits(config, params, start.last)[:, 0]
-    token = choose(scores, 0)
-    first = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
-    written = jnp.full((b, max_new_tokens), end_id, jnp.int32).at[:, 0].set(token)
-    real = jnp.zeros((b, max_new_tokens), bool).at[:, 0].set(True)
-
-    def going(carry):
-        i, _, ended, *_ = carry
-        return (i < max_new_tokens) & ~jnp.all(ended)
-
-    def step(carry):
-        """Reads token i - 1, writes token i."""
-        i, token, ended, written, real, columns, caches = carry
-        column = t + i - 1
-        columns = jax.lax.dynamic_update_slice(columns, jnp.ones((b, 1), bool), (0, column))
-        context = transformer.make_context(config, (position + i - 1)[:, None], columns[:, None], column)
-        x = transformer.embed(params["embed"]["embedding"], token[:, None], dtype)
-        x, caches = read(x=x, context=context, caches=caches)
-        token = jnp.where(ended, end_id, choose(transformer.logits(config, params, x)[:, 0], i))
-        written = jax.lax.dynamic_update_slice(written, token[:, None], (0, i))
-        real = jax.lax.dynamic_update_slice(real, ~ended[:, None], (0, i))
-        return i + 1, token, ended | (token == end_id), written, real, columns, caches
-
-    first_carry = (jnp.int32(1), token, token == end_id, written, real, columns, caches)
-    _, _, _, written, real, _, _ = jax.lax.while_loop(going, step, first_carry)
-    return Sampled(written, real, first)
-
+        params = {**params, "layers": transformer.unstack(params["layers"])}
+    how = {"end_id": end_id, "allowed": allowed, "key": key, "temperature": temperature, "top_p": top_p}
+    state = begin(config, params, start, max_new_tokens=max_new_tokens, rows=rows, **how)
+    return advance(config, params, state, loras=loras, **how).sampled()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from metatuner_jax import tasks
+from metatuner_jax import lora, tasks
 
 
 def interval(scores, num_bootstrap: int, seed: int = 0) -> dict:
@@ -105,7 +105,8 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         train_h = passes.encode(params, train_rows, np.arange(min(config.eval.num_mean, len(train_rows))))
         mean_lora, energy = passes.mean_adapter(params["hyper"], train_h, config.hyper.rank)
         adapters["shuffled"] = run("adapter: shuffled", passes.adapter(params, h[other]), own)[1]
-        adapters["mean"] = run("adapter: mean", lambda at: mean_lora, own)[1]
+        repeated = lambda at: lora.repeat(mean_lora, len(at))  # as each row's own, which is compiled already
+        adapters["mean"] = run("adapter: mean", repeated, own)[1]
     if adapter:
         anew = rewritten | bool(config.warmup.actor_steps)  # `before` is of the actor as it was before its warm-up
         adapters["none"] = run_some("adapter: none", None, *own, anew, bare)

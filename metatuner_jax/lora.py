@@ -44,6 +44,11 @@ def row(loras: dict[str, Lora], index: int) -> dict[str, Lora]:
     return jax.tree.map(lambda leaf: leaf[:, index], loras)
 
 
+def repeat(loras: dict[str, Lora], count: int) -> dict[str, Lora]:
+    """Returns one row's LoRA ([l, ...] leaves) for each of `count` rows ([l, b, ...] leaves)."""
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], count, axis=1), loras)
+
+
 def gram(loras: dict[str, Lora]) -> Float[Array, "b b"]:
     """Returns the inner products of all rows' deltas, summed over layers and projections; the squared norms stand on the diagonal."""
 

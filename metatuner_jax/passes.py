@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from metatuner_jax import actor, data, decode, generator, lora, product, sharding
+from metatuner_jax import actor, data, decode, generator, lora, product, sharding, transformer
 
 
 class Written(NamedTuple):
@@ -41,9 +41,13 @@ class Passes:
         self._encode = jit(functools.partial(_encode, setup))
         layers = decode.fastest_layers()
         self._write = jit(functools.partial(_write, setup, layers), static_argnums=0)
+        self._unstack = jax.jit(transformer.unstack) if layers == "unroll" else lambda layers: layers
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
         self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))
-        self._answer = jit(functools.partial(_answer, setup, layers), static_argnums=0)
+        self._begin = jit(functools.partial(_begin, setup), static_argnums=0)
+        self._advance = jit(functools.partial(_advance, setup), donate_argnums=3)
+        self._refill = jax.jit(decode.refill, donate_argnums=(0, 1))
+        self._weigh = jit(functools.partial(actor.log_likelihood, setup))
 
     def encode(self, params, rows, index) -> np.ndarray:
         """Returns the queries' states at layer k, float32 [n, d]."""
@@ -56,8 +60,7 @@ class Passes:
 
         A sample depends on the key, the place in `index` and its number among the copies alone.
         """
-        parts = sharding.row_parts(self.mesh)
-        size = parts * -(-self.batch_size // (copies * parts))
+        size = self._batch_size(copies)
 
         def run(at, *batch):
             noise = () if key is None else (key, at.astype(np.int32), temperature)
@@ -119,20 +122,86 @@ class Passes:
           max_tokens: longest answer; None: actor.max_answer_tokens.
         """
         max_tokens = max_tokens or self.setup.config.actor.max_answer_tokens
+        texts = {"prompt": prompt, "prompt_mask": prompt_mask, "query": rows.query[index], "query_mask": rows.query_mask[index]}
+        answered = self._write_answers(what, texts, adapter, max_tokens, key, temperature)
+        if weigh:
+            texts |= {"answer": rows.answer[index], "answer_mask": rows.answer_mask[index]}
 
-        def run(at, *batch):
-            noise = None if key is None else (key, at.astype(np.int32), temperature)
-            sampled, likelihood = self._answer(max_tokens, self.frozen, adapter(at) if adapter else None, noise, *batch)
-            return Answered(sampled.tokens, sampled.mask, sampled.first, likelihood)
+            def run(at, *batch):
+                return self._weigh(self.frozen, adapter(at) if adapter else None, *batch)
 
-        def part(at):
-            names = ("query", "query_mask", *(("answer", "answer_mask") if weigh else ()))
-            return {"prompt": prompt[at], "prompt_mask": prompt_mask[at], **{name: getattr(rows, name)[index[at]] for name in names}}
-
-        answered = self._batched(what, rows.query_mask[index], part, run)
+            part = lambda at: {name: leaf[at] for name, leaf in texts.items()}
+            answered = answered._replace(likelihood=self._batched(f"{what}, weighing", texts["query_mask"], part, run))
         words = int((prompt_mask & (prompt != self.setup.end_id)).sum())
         self.tokens += len(index) * len(self.setup.prefix) + words + int(rows.query_mask[index].sum()) + int(answered.mask.sum())
         return answered
+
+    def _write_answers(self, what, texts, adapter, max_tokens, key, temperature) -> Answered:
+        """Returns the answers to texts, arrays by name, not weighed.
+
+        A batch of them is written at a time. Once a quarter of these have ended, others take their places, and need not wait for the
+        longest.
+        """
+        count, slots, some = len(texts["query"]), self._batch_size(1), self._batch_size(4)
+        found = Answered(np.zeros((count, max_tokens), np.int32), np.zeros((count, max_tokens), bool), np.zeros(count, np.float32), None)
+        noise = {} if key is None else {"key": key, "temperature": temperature}
+        layers = self._unstack(self.frozen.actor["layers"])
+
+        def read(at, batch):
+            """Returns texts with their first token, and their LoRA."""
+            loras = adapter(at) if adapter else None
+            numbers, *batch = sharding.place_rows((at.astype(np.int32), *batch), self.mesh)
+            return self._begin(max_tokens, self.frozen, layers, loras, {"rows": numbers, **noise}, *batch), loras
+
+        with self.progress.task(what, count) as advance:
+            for group in self._alike(texts["query_mask"], slots):
+                batch = data.trim({name: leaf[group] for name, leaf in texts.items()}, self.setup.config.data.buckets)
+                waiting, holds = np.arange(len(group)), np.full(slots, -1)  # places in the group: to come, and in each slot
+                state = loras = None
+                while len(waiting) or (holds >= 0).any():
+                    free = np.flatnonzero(holds < 0)
+                    while len(waiting) and len(free) >= min(some, len(waiting)):
+                        taken, waiting = waiting[:some], waiting[some:]
+                        places = np.full(some, slots)  # none, where `taken` is filled up
+                        places[: len(taken)], free = free[: len(taken)], free[len(taken) :]
+                        holds[places[: len(taken)]] = taken
+                        taken = taken[np.minimum(np.arange(some), len(taken) - 1)]
+                        state, loras = self._fill(state, loras, *read(group[taken], [leaf[taken] for leaf in batch.values()]), places)
+                    until = min(some, len(waiting)) or slots
+                    if np.sum(state.ended) < until:
+                        state = self._advance(self.frozen, layers, loras, state, {"until": until, **noise})
+                    ended = np.flatnonzero((holds >= 0) & np.asarray(state.ended))
+                    at, sampled = group[holds[ended]], state.sampled()
+                    for name in ("tokens", "mask", "first"):
+                        getattr(found, name)[at] = np.asarray(getattr(sampled, name))[ended]
+                    holds[ended] = -1
+                    advance(len(ended))
+        return found
+
+    def _fill(self, state, loras, new, its_loras, places):
+        """Returns (state, LoRA) of all slots, with new rows in some of them; no state: with nothing in the others."""
+        of_rows = its_loras is not None and jax.tree.leaves(its_loras)[0].ndim == 4
+        for_all, its_loras = (None, its_loras) if of_rows else (its_loras, None)
+        if state is None:
+            place = functools.partial(sharding.place_rows, mesh=self.mesh)
+            state, loras = decode.vacant(new, its_loras, self._batch_size(1), place)
+        state, loras = self._refill(state, loras if of_rows else None, new, its_loras, places)
+        return state, loras if of_rows else for_all
+
+    def _batch_size(self, parts: int) -> int:
+        """Returns how many rows a part of a batch has, a multiple of what the mesh splits them into."""
+        split = sharding.row_parts(self.mesh)
+        return split * -(-self.batch_size // (parts * split))
+
+    def _alike(self, masks, least: int) -> list[np.ndarray]:
+        """Returns all places in groups of rows that are trimmed alike, short ones first; those too few for a batch go with longer ones."""
+        parts = data.parts_of("query", masks, self.setup.config.data.buckets)
+        order, groups, start = np.argsort(parts, kind="stable"), [], 0
+        for stop in (*(np.flatnonzero(np.diff(parts[order])) + 1), len(order)):
+            if stop - start >= least or stop == len(order):
+                groups.append(order[start:stop])
+                start = stop
+        return groups
 
     def _batched(self, what, masks, part, run, batch_size=None):
         """Returns run(places, *part(places).values()) over all places, in batches of one size, the last filled up with its last row.
@@ -172,7 +241,9 @@ def _write(setup, layers, copies, params, frozen, tokens, mask, own, key=None, p
     return h, generator.write(setup, params, frozen, prefill, key, places, temperature, layers)
 
 
-def _answer(setup, layers, max_tokens, frozen, loras, noise, prompt, prompt_mask, query, query_mask, *reference):
-    rows = (prompt, prompt_mask, query, query_mask)
-    likelihood = actor.log_likelihood(setup, frozen, loras, *rows, *reference) if reference else None
-    return actor.answer(setup, frozen, loras, *rows, max_tokens, *(noise or ()), layers=layers), likelihood
+def _begin(setup, max_tokens, frozen, layers, loras, how, *rows):
+    return actor.begin(setup, frozen, loras, *rows, max_tokens, layers=layers, **how)
+
+
+def _advance(setup, frozen, layers, loras, state, how):
+    return actor.advance(setup, frozen, loras, state, layers=layers, **how)

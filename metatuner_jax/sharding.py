@@ -76,9 +76,9 @@ def row_parts(mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def place_rows(batch, mesh):
-    """Returns a batch with its rows split over the mesh."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(ROWS)))
+def place_rows(batch, mesh, axis: int = 0):
+    """Returns a batch with its rows, which stand along an axis, split over the mesh."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS)))
 
 
 def path_text(path) -> str:

@@ -89,16 +89,28 @@ class Block(nn.Module):
         if past is not None:
             k, v = jnp.concatenate([past.k, k], axis=2), jnp.concatenate([past.v, v], axis=2)
         if cache is not None:
-            at = (layer, 0, 0, context.start, 0)
-            written = (jax.lax.dynamic_update_slice(old, product.pack(new)[None], at) for old, new in ((cache.k, k), (cache.v, v)))
-            cache = Cache(*written)
-            k, v = product.unpack(cache.k[layer]), product.unpack(cache.v[layer])
+            cache, k, v = written(cache, layer, context.start, k, v)
         y = attention(q, k, v, context.attend)
         x = x + kept(project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
         gate, up = (kept(project(name, y)).astype(jnp.float32) for name in ("gate", "up"))
         x = x + project("down", (jax.nn.silu(gate) * up).astype(x.dtype))
-        return (x, cache, layer + 1), own
+        return (x, cache, None if layer is None else layer + 1), own
+
+
+def written(cache: Cache, layer, start, k, v):
+    """Returns (the cache with k and v at its columns from `start` on, the layer's keys, its values); a cache without layers is the layer's."""
+
+    def write(old, new):
+        new = product.pack(new)
+        if layer is None:
+            new = jax.lax.dynamic_update_slice(old, new, (0, 0, start, 0))
+            return new, product.unpack(new)
+        new = jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, start, 0))
+        return new, product.unpack(new[layer])
+
+    (all_k, k), (all_v, v) = write(cache.k, k), write(cache.v, v)
+    return Cache(all_k, all_v), k, v
 
 
 def kept(x):
@@ -214,7 +226,8 @@ def run(config, layers, x, context, loras=None, caches=None, past=None, keep=Fal
     """Returns the residual stream after all layers, and a tuple of caches, one a stack: those written, or with `keep` the tokens' own.
 
     Args:
-      layers: a stack, or a tuple of stacks to be run in turn (such as the two halves of a cut one).
+      layers: a stack, or a tuple of stacks to be run in turn (such as the two halves of a cut one); with caches, also what `unstack`
+        made of these, with loras that it made too and a cache a layer, without a layer axis.
       loras: None, or for each projection a Lora with as many layers as all stacks together, or a tuple of these, one a stack.
       caches: None, or a tuple of caches as `product.pack` makes them, to be written in place at column `context.start`: what decoding
         takes.
@@ -222,6 +235,8 @@ def run(config, layers, x, context, loras=None, caches=None, past=None, keep=Fal
       keep: return the keys and values of the tokens themselves, as `past` takes them.
       remat: as `train.remat`.
     """
+    if isinstance(layers, list):  # nothing is sliced here: in a loop that would be done again for each token
+        return _run_unstacked(config, layers, x, context, loras, caches)
     stacks, sizes, loras = by_stack(layers, loras)
     made = []
     for i, (stack, size) in enumerate(zip(stacks, sizes)):
@@ -241,18 +256,16 @@ def by_stack(layers, loras):
     return stacks, sizes, loras
 
 
-def unstack(layers, loras=None) -> list:
-    """Returns (weights, LoRA or None) of each layer by itself, of what `run` takes."""
-    return [
-        jax.tree.map(lambda leaf: leaf[i], (stack, lora)) for stack, size, lora in zip(*by_stack(layers, loras)) for i in range(size)
-    ]
+def unstack(layers) -> list:
+    """Returns what each layer has by itself, of the weights or LoRA of a stack or of a tuple of them."""
+    stacks, sizes, _ = by_stack(layers, None)
+    return [jax.tree.map(lambda leaf: leaf[i], stack) for stack, size in zip(stacks, sizes) for i in range(size)]
 
 
-def run_unstacked(config, layers, x, context, caches):
-    """Returns what `run` does with caches, for what `unstack` made of its layers; caches are a tuple, one a layer, each a stack of one."""
+def _run_unstacked(config, layers, x, context, loras, caches):
     made = []
-    for (weights, lora), cache in zip(layers, caches):
-        (x, cache, _), _ = Block(config).apply({"params": weights}, (x, cache, 0), (lora, None), context)
+    for weights, lora, cache in zip(layers, loras or [None] * len(layers), caches):
+        (x, cache, _), _ = Block(config).apply({"params": weights}, (x, cache, None), (lora, None), context)
         made.append(cache)
     return x, tuple(made)
 

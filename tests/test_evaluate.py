@@ -68,7 +68,11 @@ class Alone:
         self._write = jax.jit(write)
         self._adapt = jax.jit(lambda hyper, h: generator.adapt(setup, hyper, h))
         max_tokens = setup.config.actor.max_answer_tokens
-        self._answer = jax.jit(functools.partial(actor.answer, setup, max_tokens=max_tokens))
+
+        def answer(frozen, loras, *rows):
+            return actor.advance(setup, frozen, loras, actor.begin(setup, frozen, loras, *rows, max_tokens)).sampled()
+
+        self._answer = jax.jit(answer)
 
     def write(self, i):
         """Returns (LoRA, ids of the greedy prompt) of a query."""

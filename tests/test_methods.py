@@ -91,7 +91,7 @@ def test_a_static_lora_is_the_same_for_all_rows_and_starts_at_zero(networks, bat
     assert float(loss) == pytest.approx(float(bare), rel=1e-6) and float(metrics["delta_norm"]) == 0
     params = {"hyper": randomise(params["hyper"], 3)}
     one = {t: lora.Lora(leaf["a"], 1.5 * leaf["b"]) for t, leaf in params["hyper"].items()}
-    rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], 3, axis=1), one)
+    rows = lora.repeat(one, 3)
     loss, metrics = loss_of(setup)(params, {}, frozen, batch, jax.random.key(0))
     expected = losses.task_loss(setup, frozen, rows, batch, batch["expert"], batch["expert_mask"])
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)

@@ -473,12 +473,12 @@ def test_a_prompt_that_the_actor_does_not_read_fails_the_run(root, tmp_path, mon
 def test_answers_that_take_no_notice_of_it_fail_the_run(cut, root, tmp_path, monkeypatch, capfd):
     """Likelihoods, and so training and rollouts, are as they should be; only the way to the answers is cut."""
 
-    def answer(setup, frozen, loras, prompt, prompt_mask, *query, answer=actor.answer, **how):
+    def begin(setup, frozen, loras, prompt, prompt_mask, *query, begin=actor.begin, **how):
         if cut == "adapter":
-            return answer(setup, frozen, None, prompt, prompt_mask, *query, **how)
-        return answer(setup, frozen, loras, prompt, jnp.zeros_like(prompt_mask), *query, **how)
+            return begin(setup, frozen, None, prompt, prompt_mask, *query, **how)
+        return begin(setup, frozen, loras, prompt, jnp.zeros_like(prompt_mask), *query, **how)
 
-    monkeypatch.setattr(actor, "answer", answer)
+    monkeypatch.setattr(actor, "begin", begin)
     assert f"{cut} is not in use: the actor's answers are the same" in fails(root, tmp_path / "run", capfd, *SHORT)
 
 

@@ -53,7 +53,7 @@ def test_each_row_equals_the_model_with_its_own_delta_merged(params, tokens):
 
 def test_one_lora_for_all_rows_equals_the_same_lora_for_each(params, tokens):
     shared = loras_for(0)
-    each = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], 3, axis=1), shared)
+    each = lora.repeat(shared, 3)
     one, many = (forward(ACTOR, params, tokens, None, loras) for loras in (shared, each))
     np.testing.assert_allclose(one, many, atol=1e-5)
 
@@ -249,6 +249,49 @@ def test_a_row_that_ended_writes_only_end_tokens(params, left_padded):
     out = run_sample(params, tokens, mask, end_id=end)
     np.testing.assert_array_equal(out.mask[0], np.arange(6) <= first)
     assert np.all(np.array(out.tokens[0, first:]) == end)
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_rows_that_take_the_places_of_others_write_what_they_write_alone(params, layers):
+    count, slots, rng = 24, 2, np.random.default_rng(3)
+    tokens = rng.integers(3, ACTOR.vocab_size, (count, 5)).astype(np.int32)
+    mask = np.arange(5) >= rng.integers(0, 3, (count, 1))
+    allowed = np.isin(np.arange(ACTOR.vocab_size), [END, 10, 20, 30, 40])
+    how = {"end_id": END, "allowed": jnp.array(allowed), "key": jax.random.key(4), "temperature": 2.0}
+    loras = loras_for(count)
+    alone = run_sample(params, tokens, mask, loras=loras, rows=jnp.arange(count), max_new_tokens=7, **how)
+    lengths = np.array(alone.mask).sum(axis=1)
+    assert lengths.min() < 3 and lengths.max() == 7
+
+    written_by = {**params, "layers": transformer.unstack(params["layers"])} if layers == "unroll" else params
+
+    @jax.jit
+    def begin(row, tokens, mask, mine):
+        return decode.begin(ACTOR, written_by, read(ACTOR, params, tokens, mask, mine), max_new_tokens=7, rows=row, **how)
+
+    def fresh(row):
+        mine = jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
+        return begin(jnp.array([row]), tokens[row : row + 1], mask[row : row + 1], mine), mine
+
+    advance = jax.jit(lambda state, loras, until: decode.advance(ACTOR, written_by, state, loras=loras, until=until, **how))
+    refill, steps = jax.jit(decode.refill), 0
+    state, its = decode.vacant(*fresh(0), slots, lambda leaf, axis: leaf)
+    waiting, holds = list(range(count)), {}  # slot -> row
+    while waiting or holds:
+        for slot in range(slots):
+            if slot not in holds and waiting:
+                holds[slot] = waiting.pop(0)
+                state, its = refill(state, its, *fresh(holds[slot]), jnp.array([slot]))
+        before = int(state.column)
+        state = advance(state, its, slots - len(holds) + 1)
+        steps += (int(state.column) - before) % state.columns.shape[1]
+        for slot in [slot for slot in holds if state.ended[slot]]:
+            row = holds.pop(slot)
+            np.testing.assert_array_equal(state.tokens[slot], alone.tokens[row])
+            np.testing.assert_allclose(state.first[slot], alone.first[row], atol=1e-5)
+            assert state.count[slot] == lengths[row]
+    # The columns went round more than once, and nobody waited for the longest of a batch.
+    assert state.columns.shape[1] < steps < sum(max(lengths[i : i + slots]) - 1 for i in range(0, count, slots))
 
 
 def test_forbidden_tokens_are_never_written(params, left_padded):
