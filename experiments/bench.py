@@ -219,14 +219,9 @@ def _decode(work):
     params = work.frozen.actor
     flops = pass_flops(model, DECODE_ROWS, DECODE_PAST, DECODE_PAST, 1)
     flops += (DECODE_NEW - 1) * pass_flops(model, DECODE_ROWS, 1, DECODE_PAST + DECODE_NEW // 2, 1)
-    moved = (DECODE_NEW - 1) * (weight_bytes(params) + cache_bytes(setup, DECODE_ROWS, DECODE_PAST + DECODE_NEW))
+    cache = 2 * model.num_layers * DECODE_ROWS * model.num_kv_heads * model.head_width * (DECODE_PAST + DECODE_NEW) * setup.dtype.itemsize
+    moved = (DECODE_NEW - 1) * (weight_bytes(params) + cache)
     return _part(run, (params, jnp.array(tokens)), DECODE_ROWS * DECODE_NEW, flops, moved)
-
-
-def cache_bytes(setup, rows: int, columns: int) -> int:
-    """Returns the size of the actor's keys and values."""
-    model = setup.actor
-    return 2 * model.num_layers * rows * model.num_kv_heads * model.head_width * columns * setup.dtype.itemsize
 
 
 def decode_tokens(vocab_size):

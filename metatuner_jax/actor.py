@@ -25,20 +25,23 @@ def begin(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query
 
     Args:
       loras: None, or the LoRA of each row or of all rows.
-      how: key, rows and temperature as in `decode.sample`; `layers`, the actor's in place of those that read: see `decode.begin`.
+      how: key, rows, temperature and layers as in `decode.sample`.
     """
     tokens, mask = splice(setup, prompt, prompt_mask, query, query_mask)
     x = transformer.embed(frozen.actor["embed"]["embedding"], tokens, setup.dtype)
     prefill = decode.prefill(setup.actor, frozen.actor, x, mask, loras)
-    params = {**frozen.actor, "layers": how.pop("layers", frozen.actor["layers"])}
     return decode.begin(
-        setup.actor, params, prefill, max_new_tokens=max_tokens, end_id=setup.end_id, allowed=frozen.allowed, **how
+        setup.actor, frozen.actor, prefill, max_new_tokens=max_tokens, end_id=setup.end_id, allowed=frozen.allowed, **how
     )
 
 
-def advance(setup: Setup, frozen: Frozen, loras, state: decode.Writing, **how) -> decode.Writing:
-    """Returns the answers as `decode.advance` writes them on, with settings as in `begin` and `until`."""
-    params = {**frozen.actor, "layers": how.pop("layers", frozen.actor["layers"])}
+def advance(setup: Setup, frozen: Frozen, loras, state: decode.Writing, layers=None, **how) -> decode.Writing:
+    """Returns the answers as `decode.advance` writes them on, with its settings.
+
+    Args:
+      layers: the actor's as `transformer.unstack` makes them, where the answers began so.
+    """
+    params = {**frozen.actor, "layers": layers or frozen.actor["layers"]}
     return decode.advance(setup.actor, params, state, end_id=setup.end_id, allowed=frozen.allowed, loras=loras, **how)
 
 

@@ -58,7 +58,7 @@ class Writing:
         return Sampled(self.tokens, jnp.arange(self.tokens.shape[1]) < self.count[:, None], self.first)
 
 
-_OF_ROWS = ("tokens", "count", "ended", "first", "rows", "position", "columns")
+OF_ROWS = ("tokens", "count", "ended", "first", "rows", "position", "columns")
 
 
 def gumbel(key, rows: Int[Array, " b"], position, num_tokens: int) -> Float[Array, "b v"]:
@@ -140,19 +140,14 @@ def fastest_layers() -> str:
 
 def begin(
     config: ModelConfig, params: dict, start: Prefill, *, max_new_tokens: int, end_id: int, allowed: Bool[Array, " v"], key=None,
-    rows: Int[Array, " b"] | None = None, temperature: float | Float[Array, ""] = 0.0, top_p: float = 1.0,
+    rows: Int[Array, " b"] | None = None, temperature: float | Float[Array, ""] = 0.0, top_p: float = 1.0, layers: str = "scan",
 ) -> Writing:
-    """Returns rows with the first token written, of at most `max_new_tokens`.
-
-    Args:
-      params: a list for layers (see `transformer.unstack`) is faster on a CPU than a stack, from which a scan copies each layer's
-        weights for each token. Other arguments are those of `sample`.
-    """
+    """Returns rows with the first token written, of at most `max_new_tokens`. Arguments are those of `sample`."""
     b, t = start.mask.shape
     transformer.check_window(config, t + max_new_tokens)
     grown = lambda leaf: jnp.pad(product.pack(leaf), ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0)))
     caches = jax.tree.map(grown, start.past)
-    if isinstance(params["layers"], list):
+    if layers == "unroll":
         caches = tuple(jax.tree.map(lambda leaf: leaf[i], cache) for cache in caches for i in range(cache.k.shape[0]))
     scores = transformer.logits(config, params, start.last)[:, 0]
     rows = jnp.arange(b) if rows is None else rows
@@ -174,12 +169,16 @@ def advance(
     config: ModelConfig, params: dict, state: Writing, *, end_id: int, allowed: Bool[Array, " v"], key=None,
     temperature: float | Float[Array, ""] = 0.0, top_p: float = 1.0, loras=None, until: int | Int[Array, ""] | None = None,
 ) -> Writing:
-    """Writes on until all rows have ended, or `until` of them. Arguments are those of `begin` and `sample`. To be called under jit."""
+    """Writes on until all rows have ended, or `until` of them. To be called under jit.
+
+    Args:
+      params: with what `transformer.unstack` makes of the layers where rows began with layers "unroll". Others are those of `sample`.
+    """
     b, m = state.tokens.shape
     dtype = transformer.dtype_of(params)
     loras = jax.tree.map(lambda leaf: leaf.astype(dtype), loras)  # once, and not for each token
-    if loras is not None and isinstance(params["layers"], list):
-        loras = transformer.unstack(loras)
+    if isinstance(params["layers"], list):
+        loras = transformer.unstack(loras) if jax.tree.leaves(loras) else None
 
     def step(state):
         """Reads each row's newest token, writes its next."""
@@ -200,20 +199,19 @@ def advance(
     return jax.lax.while_loop(lambda state: jnp.sum(state.ended) < (b if until is None else until), step, state)
 
 
-def vacant(new: Writing, loras, b: int, place):
+def vacant(new: Writing, loras, b: int):
     """Returns b rows that have ended, with nothing in them, and their LoRA: what `refill` puts rows like `new` into.
 
     Args:
       loras: of the rows, leaves [l, r, ...], or None.
-      place: place(array, axis=...) puts an array whose rows are along that axis on its devices.
     """
 
     def empty(leaf, axis=0):
-        return place(jnp.zeros((*leaf.shape[:axis], b, *leaf.shape[axis + 1 :]), leaf.dtype), axis=axis)
+        return jnp.zeros((*leaf.shape[:axis], b, *leaf.shape[axis + 1 :]), leaf.dtype)
 
-    of_rows = {name: empty(getattr(new, name)) for name in _OF_ROWS}
+    of_rows = {name: empty(getattr(new, name)) for name in OF_ROWS}
     caches = jax.tree.map(lambda leaf: empty(leaf, leaf.ndim - 4), new.caches)
-    state = Writing(**{**of_rows, "ended": place(jnp.ones(b, bool), axis=0)}, column=jnp.copy(new.column), caches=caches)
+    state = Writing(**{**of_rows, "ended": jnp.ones(b, bool)}, column=new.column, caches=caches)
     return state, jax.tree.map(lambda leaf: empty(leaf, 1), loras)
 
 
@@ -228,7 +226,7 @@ def refill(state: Writing, loras, new: Writing, its_loras, places: Int[Array, " 
 
     turn = state.column - new.column
     new = new.replace(columns=jnp.roll(new.columns, turn, axis=1), caches=jax.tree.map(lambda leaf: jnp.roll(leaf, turn, axis=-2), new.caches))
-    of_rows = {name: put(getattr(state, name), getattr(new, name)) for name in _OF_ROWS}
+    of_rows = {name: put(getattr(state, name), getattr(new, name)) for name in OF_ROWS}
     caches = jax.tree.map(lambda old, new: put(old, new, old.ndim - 4), state.caches, new.caches)
     return state.replace(**of_rows, caches=caches), jax.tree.map(lambda old, new: put(old, new, 1), loras, its_loras)
 
@@ -249,8 +247,8 @@ def sample(
       layers: "scan" compiles one layer. "unroll" takes each layer's weights out of the stack before the first token, where a scan copies
         them for each: faster on a CPU, with a second copy of the weights and more to compile.
     """
+    how = {"end_id": end_id, "allowed": allowed, "key": key, "temperature": temperature, "top_p": top_p}
+    state = begin(config, params, start, max_new_tokens=max_new_tokens, rows=rows, layers=layers, **how)
     if layers == "unroll":
         params = {**params, "layers": transformer.unstack(params["layers"])}
-    how = {"end_id": end_id, "allowed": allowed, "key": key, "temperature": temperature, "top_p": top_p}
-    state = begin(config, params, start, max_new_tokens=max_new_tokens, rows=rows, **how)
     return advance(config, params, state, loras=loras, **how).sampled()

@@ -39,14 +39,15 @@ class Passes:
         self.tokens = 0  # real ones, read and written so far, each counted once in each model
         jit = functools.partial(jax.jit, compiler_options=product.compiler_options())
         self._encode = jit(functools.partial(_encode, setup))
-        layers = decode.fastest_layers()
-        self._write = jit(functools.partial(_write, setup, layers), static_argnums=0)
-        self._unstack = jax.jit(transformer.unstack) if layers == "unroll" else lambda layers: layers
+        self.layers = decode.fastest_layers()
+        self._write = jit(functools.partial(_write, setup, self.layers), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
         self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))
-        self._begin = jit(functools.partial(_begin, setup), static_argnums=0)
-        self._advance = jit(functools.partial(_advance, setup), donate_argnums=3)
-        self._refill = jax.jit(decode.refill, donate_argnums=(0, 1))
+        self._unstack = jax.jit(transformer.unstack)
+        self._begin = jit(functools.partial(_begin, setup, self.layers), static_argnums=0)
+        self._vacant = jax.jit(lambda *args: _placed(mesh, *decode.vacant(*args, self._batch_size(1))))
+        self._refill = jax.jit(lambda *args: _placed(mesh, *decode.refill(*args)), donate_argnums=(0, 1))
+        self._advance = jit(functools.partial(_advance, setup, mesh), donate_argnums=3)
         self._weigh = jit(functools.partial(actor.log_likelihood, setup))
 
     def encode(self, params, rows, index) -> np.ndarray:
@@ -145,13 +146,14 @@ class Passes:
         count, slots, some = len(texts["query"]), self._batch_size(1), self._batch_size(4)
         found = Answered(np.zeros((count, max_tokens), np.int32), np.zeros((count, max_tokens), bool), np.zeros(count, np.float32), None)
         noise = {} if key is None else {"key": key, "temperature": temperature}
-        layers = self._unstack(self.frozen.actor["layers"])
+        unrolled = self.layers == "unroll" and max_tokens > 1
+        layers = self._unstack(self.frozen.actor["layers"]) if unrolled else None
 
         def read(at, batch):
             """Returns texts with their first token, and their LoRA."""
             loras = adapter(at) if adapter else None
             numbers, *batch = sharding.place_rows((at.astype(np.int32), *batch), self.mesh)
-            return self._begin(max_tokens, self.frozen, layers, loras, {"rows": numbers, **noise}, *batch), loras
+            return self._begin(max_tokens, self.frozen, loras, {"rows": numbers, **noise}, *batch), loras
 
         with self.progress.task(what, count) as advance:
             for group in self._alike(texts["query_mask"], slots):
@@ -168,12 +170,12 @@ class Passes:
                         taken = taken[np.minimum(np.arange(some), len(taken) - 1)]
                         state, loras = self._fill(state, loras, *read(group[taken], [leaf[taken] for leaf in batch.values()]), places)
                     until = min(some, len(waiting)) or slots
-                    if np.sum(state.ended) < until:
+                    if np.asarray(state.ended).sum() < until:
                         state = self._advance(self.frozen, layers, loras, state, {"until": until, **noise})
                     ended = np.flatnonzero((holds >= 0) & np.asarray(state.ended))
-                    at, sampled = group[holds[ended]], state.sampled()
-                    for name in ("tokens", "mask", "first"):
-                        getattr(found, name)[at] = np.asarray(getattr(sampled, name))[ended]
+                    at, (tokens, count, first) = group[holds[ended]], (np.asarray(leaf) for leaf in (state.tokens, state.count, state.first))
+                    found.tokens[at], found.first[at] = tokens[ended], first[ended]
+                    found.mask[at] = np.arange(max_tokens) < count[ended, None]
                     holds[ended] = -1
                     advance(len(ended))
         return found
@@ -183,8 +185,7 @@ class Passes:
         of_rows = its_loras is not None and jax.tree.leaves(its_loras)[0].ndim == 4
         for_all, its_loras = (None, its_loras) if of_rows else (its_loras, None)
         if state is None:
-            place = functools.partial(sharding.place_rows, mesh=self.mesh)
-            state, loras = decode.vacant(new, its_loras, self._batch_size(1), place)
+            state, loras = self._vacant(new, its_loras)
         state, loras = self._refill(state, loras if of_rows else None, new, its_loras, places)
         return state, loras if of_rows else for_all
 
@@ -194,11 +195,11 @@ class Passes:
         return split * -(-self.batch_size // (parts * split))
 
     def _alike(self, masks, least: int) -> list[np.ndarray]:
-        """Returns all places in groups of rows that are trimmed alike, short ones first; those too few for a batch go with longer ones."""
+        """Returns all places in groups of rows that are trimmed alike, short ones first, each of `least` rows or more where there are as many."""
         parts = data.parts_of("query", masks, self.setup.config.data.buckets)
         order, groups, start = np.argsort(parts, kind="stable"), [], 0
         for stop in (*(np.flatnonzero(np.diff(parts[order])) + 1), len(order)):
-            if stop - start >= least or stop == len(order):
+            if min(stop - start, len(order) - stop) >= least or stop == len(order):
                 groups.append(order[start:stop])
                 start = stop
         return groups
@@ -212,7 +213,7 @@ class Passes:
           masks: bool [n, t], the real tokens of each place's query.
           part: from places to the arrays that `run` takes, by name.
         """
-        batch_size, count, buckets = batch_size or self.batch_size, len(masks), self.setup.config.data.buckets
+        batch_size, count, buckets = batch_size or self._batch_size(1), len(masks), self.setup.config.data.buckets
         order, outputs = np.argsort(masks.sum(axis=1), kind="stable"), []
         with self.progress.task(what, count) as advance:
             for start in range(0, count, batch_size):
@@ -241,9 +242,16 @@ def _write(setup, layers, copies, params, frozen, tokens, mask, own, key=None, p
     return h, generator.write(setup, params, frozen, prefill, key, places, temperature, layers)
 
 
-def _begin(setup, max_tokens, frozen, layers, loras, how, *rows):
+def _begin(setup, layers, max_tokens, frozen, loras, how, *rows):
     return actor.begin(setup, frozen, loras, *rows, max_tokens, layers=layers, **how)
 
 
-def _advance(setup, frozen, layers, loras, state, how):
-    return actor.advance(setup, frozen, loras, state, layers=layers, **how)
+def _advance(setup, mesh, frozen, layers, loras, state, how):
+    return _placed(mesh, actor.advance(setup, frozen, loras, state, layers=layers, **how), None)[0]
+
+
+def _placed(mesh, state, loras):
+    """Returns (rows that are written, their LoRA) split over the mesh, always in the same way: else what takes them is compiled again."""
+    of_rows = {name: sharding.place_rows(getattr(state, name), mesh) for name in (*decode.OF_ROWS, "column")}
+    caches = jax.tree.map(lambda leaf: sharding.place_rows(leaf, mesh, leaf.ndim - 4, heads=True), state.caches)
+    return state.replace(**of_rows, caches=caches), sharding.place_rows(loras, mesh, 1)

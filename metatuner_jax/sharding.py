@@ -76,9 +76,19 @@ def row_parts(mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def place_rows(batch, mesh, axis: int = 0):
-    """Returns a batch with its rows, which stand along an axis, split over the mesh."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS)))
+def place_rows(batch, mesh, axis: int = 0, heads: bool = False):
+    """Returns a batch with its rows, which stand along an axis, split over the mesh; with `heads` also the axis after it, where it can be.
+
+    A number is the same for all rows.
+    """
+
+    def where(leaf):
+        if np.ndim(leaf) == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        split = heads and leaf.shape[axis + 1] % mesh.shape["tensor"] == 0
+        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS, *["tensor"] * split))
+
+    return jax.device_put(batch, jax.tree.map(where, batch))
 
 
 def path_text(path) -> str:

@@ -25,7 +25,7 @@ class Context:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of some columns, in every layer of a stack."""
+    """Keys and values of some columns, in every layer of a stack or, without the axis l, in one layer."""
 
     k: Any  # [l, b, n, s, h], n KV heads
     v: Any  # [l, b, n, s, h]
@@ -80,11 +80,11 @@ class Block(nn.Module):
         q, k, v = (
             project(name, y, c.qkv_bias).reshape(*y.shape[:2], -1, c.head_width).swapaxes(1, 2) for name in ("q", "k", "v")
         )
+        v = kept(v)
         if c.qk_norm:
-            q, k = RMSNorm(c.norm_eps, name="q_norm")(kept(q)), RMSNorm(c.norm_eps, name="k_norm")(kept(k))
-            q, k, v = rotate(q, context), rotate(k, context), kept(v)
+            q, k = (rotate(RMSNorm(c.norm_eps, name=f"{name}_norm")(kept(x)), context) for name, x in (("q", q), ("k", k)))
         else:
-            q, k, v = kept(rotate(q, context)), kept(rotate(k, context)), kept(v)
+            q, k = kept(rotate(q, context)), kept(rotate(k, context))
         own = Cache(k, v) if self.keep else None
         if past is not None:
             k, v = jnp.concatenate([past.k, k], axis=2), jnp.concatenate([past.v, v], axis=2)
@@ -223,7 +223,7 @@ def embed(embedding: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype) -> F
 
 
 def run(config, layers, x, context, loras=None, caches=None, past=None, keep=False, remat="none"):
-    """Returns the residual stream after all layers, and a tuple of caches, one a stack: those written, or with `keep` the tokens' own.
+    """Returns the residual stream after all layers, and a tuple of caches, one a stack or listed layer: those written, or with `keep` the tokens' own.
 
     Args:
       layers: a stack, or a tuple of stacks to be run in turn (such as the two halves of a cut one); with caches, also what `unstack`

@@ -209,10 +209,11 @@ def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded, lay
         assert int(out.mask[row].sum()) == len(ids) - mask[row].sum()
 
 
-def test_a_cut_stack_decodes_unrolled_as_scanned(params, left_padded):
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_cut_stack_decodes_unrolled_as_scanned(params, left_padded, adapted):
     layers = params["layers"]
     halves = {**params, "layers": (transformer.cut(layers, 0, 1), transformer.cut(layers, 1, 3))}
-    loras = tuple(transformer.cut(loras_for(3), *ends) for ends in ((0, 1), (1, 3)))
+    loras = tuple(transformer.cut(loras_for(3), *ends) for ends in ((0, 1), (1, 3))) if adapted else ({}, {})
     scanned, unrolled = (run_sample(halves, *left_padded, loras=loras, layers=how) for how in ("scan", "unroll"))
     np.testing.assert_array_equal(scanned.tokens, unrolled.tokens)
     np.testing.assert_allclose(scanned.first, unrolled.first, atol=1e-6)
@@ -267,7 +268,7 @@ def test_rows_that_take_the_places_of_others_write_what_they_write_alone(params,
 
     @jax.jit
     def begin(row, tokens, mask, mine):
-        return decode.begin(ACTOR, written_by, read(ACTOR, params, tokens, mask, mine), max_new_tokens=7, rows=row, **how)
+        return decode.begin(ACTOR, params, read(ACTOR, params, tokens, mask, mine), max_new_tokens=7, rows=row, layers=layers, **how)
 
     def fresh(row):
         mine = jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
@@ -275,7 +276,7 @@ def test_rows_that_take_the_places_of_others_write_what_they_write_alone(params,
 
     advance = jax.jit(lambda state, loras, until: decode.advance(ACTOR, written_by, state, loras=loras, until=until, **how))
     refill, steps = jax.jit(decode.refill), 0
-    state, its = decode.vacant(*fresh(0), slots, lambda leaf, axis: leaf)
+    state, its = decode.vacant(*fresh(0), slots)
     waiting, holds = list(range(count)), {}  # slot -> row
     while waiting or holds:
         for slot in range(slots):
