@@ -1,4 +1,4 @@
-# make quickstart | test | smoke | parity | check | bench;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
+# make quickstart | test | smoke | parity | tpu | check | bench;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
 VENV ?= .venv
@@ -8,7 +8,7 @@ endif
 BIN = $(VENV)/bin
 SOURCES = setup.cfg pyproject.toml
 
-.PHONY: quickstart test smoke parity check bench clean
+.PHONY: quickstart test smoke parity tpu check bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart
@@ -23,6 +23,12 @@ smoke: $(VENV)/.installed-test
 parity: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet torch==2.13.0 accelerate
 	$(BIN)/python -m pytest tests/parity
+
+# The step compiled for a TPU, which need not be there; in an environment of its own, as jax looks for a TPU where libtpu is.
+tpu:
+	$(MAKE) VENV=.venv-tpu .venv-tpu/.installed-test
+	.venv-tpu/bin/python -m pip install --quiet 'jax[tpu]'
+	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n 0 -s tests/parity/test_tpu.py
 
 check: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet ruff

@@ -117,8 +117,11 @@ def temperature_at(config, step):
     return first if last is None else first * (last / first) ** (step / max(config.train.num_steps - 1, 1))
 
 
+COMPARED_ROWS = 16  # of a batch, whose deltas are measured against each other: all of them would have to come together from all devices
+
+
 def delta_metrics(setup, frozen, loras) -> dict:
-    """Returns the norm of the batch's deltas (root mean square over queries), that norm over the adapted weights' own, and for
+    """Returns the norm of the deltas of a batch's first rows (root mean square over queries), that norm over the adapted weights' own, and for
     generated ones the share of their squared norm that differs between queries and the number of directions that they span.
     """
     loras = jax.lax.stop_gradient(loras)
@@ -128,7 +131,7 @@ def delta_metrics(setup, frozen, loras) -> dict:
     if setup.method.adapter == "static":
         norm = lora.norm(loras)
         return {"delta_norm": norm, "delta_ratio": norm / jnp.sqrt(weights)}
-    gram = lora.gram(loras)
+    gram = lora.gram(jax.tree.map(lambda leaf: leaf[:, :COMPARED_ROWS], loras))
     squared = jnp.mean(jnp.diagonal(gram))
     variance = 1 - jnp.mean(gram) / jnp.where(squared > 0, squared, jnp.inf)
     return {

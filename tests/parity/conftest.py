@@ -1,5 +1,6 @@
-"""The tests here compare with torch as they run: `make parity` installs it. Elsewhere they are not collected."""
+"""The tests here need packages that nothing else does: `make parity` and `make tpu` install them. Elsewhere they are not collected."""
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["test_*.py"]
+NEEDS = {"test_bench.py": "torch", "test_torch.py": "torch", "test_tpu.py": "libtpu"}
+collect_ignore_glob = [name for name, package in NEEDS.items() if importlib.util.find_spec(package) is None]
