@@ -43,7 +43,7 @@ def compiled(model, batch_size, mesh):
     return step.trace(state, frozen, batch, key).lower(lowering_platforms=("tpu",)).compile()
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1)])
 def test_the_step_compiles_for_a_tpu_and_fits(shape, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
