@@ -425,11 +425,11 @@ def ceilings(dtype: str) -> dict:
     size = 4096 if jax.default_backend() == "cpu" else 16384
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     product, *_ = compiled(lambda a: product_lib.einsum("ij,jk->ik", a, a), a)
-    big = jnp.zeros(2**27 if jax.default_backend() == "cpu" else 2**31, jnp.int8)
-    copy, *_ = compiled(lambda x: x + jnp.int8(1), big)
+    big = jnp.zeros(2**25 if jax.default_backend() == "cpu" else 2**29, jnp.int32)
+    copy, *_ = compiled(lambda x: x + 1, big)
     seconds = rounds({"product": product, "copy": copy}, 5, 20.0)
     best = {name: min(times) for name, times in seconds.items()}
-    return {"flops_per_s": 2 * size**3 / best["product"], "bytes_per_s": 2 * big.size / best["copy"]}
+    return {"flops_per_s": 2 * size**3 / best["product"], "bytes_per_s": 2 * big.nbytes / best["copy"]}
 
 
 def spread(seconds: list[float]) -> dict:
@@ -490,7 +490,7 @@ def _resident():
 def child(what: str, given, cache: str | None = None, **other) -> dict:
     """Returns what `python -m experiments.bench --child what` prints, with the settings of this process."""
     arguments = [sys.executable, "-m", "experiments.bench", "--child", what, "--model", given.model, "--batch_size", str(given.batch_size)]
-    arguments += [f"--{name}={value}" for name, value in other.items()]
+    arguments += [f"--{name}={value}" for name, value in {"compile_torch": given.compile_torch, **other}.items() if value is not None]
     environment = {**os.environ, **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})}
     done = subprocess.run(arguments, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -502,9 +502,7 @@ def in_child(given) -> dict:
     """Does what --child names: 'memory' or 'start' of our step, 'torch_memory' of torch's."""
     dtype, learns = given.dtypes[0], given.train
     if given.child == "torch_memory":
-        from experiments import bench_torch
-
-        return {"bytes": bench_torch.step_memory(given.model, dtype, given.batch_size, learns)}
+        return {"bytes": reference(given).step_memory(given.model, dtype, given.batch_size, learns)}
     began = time.perf_counter()
     import jax
 
@@ -541,6 +539,15 @@ def starts(given, dtype: str) -> dict:
 # --- the whole ---
 
 
+def reference(given):
+    """Returns the module of the reference in torch, set as the command line says."""
+    from experiments import bench_torch
+
+    if given.compile_torch is not None:
+        bench_torch.COMPILES = bool(given.compile_torch)
+    return bench_torch
+
+
 def measure(given) -> dict:
     """Returns all that is to be known, of each type."""
     import jax
@@ -561,8 +568,7 @@ def measure(given) -> dict:
             parts = {name: PARTS[name](work) for name in names}
             theirs = {}
             if given.against == "torch":
-                from experiments import bench_torch
-
+                bench_torch = reference(given)
                 theirs = bench_torch.make_runs(work, names)
                 found["versions"] |= bench_torch.versions()
                 found["machine"]["torch_threads"] = bench_torch.torch.get_num_threads()
@@ -647,6 +653,7 @@ def parse(arguments=None):
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part; before each, the part runs once uncounted")
     parser.add_argument("--against", choices=["torch"])
+    parser.add_argument("--compile_torch", type=int, choices=[0, 1], help="whether torch compiles its models; by default on a GPU, which takes minutes")
     parser.add_argument("--children", type=int, choices=[0, 1], default=1, help="0: no memory and starts of step_lora, which take processes of their own")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--train", choices=["lora", "full"], default="lora", help=argparse.SUPPRESS)
@@ -682,6 +689,8 @@ def main(arguments=None) -> int:
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # before jax reads it: such a cache would hide the time to compile
+    if given.against:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory; the other half is torch's
     found = measure(given)
     print()
     for dtype, ceiling in found["ceilings"].items():

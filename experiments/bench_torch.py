@@ -2,6 +2,8 @@
 
 transformers models, LoRA of each row by forward hooks, `generate` for sampling, autograd, AdamW. What costs nothing is done: one copy of
 the weights for generator and actor, the static LoRA merged before sampling, scores of the needed columns only, float32 for what learns.
+On a GPU, where launching a kernel takes longer than many take to run, models are compiled: by `torch.compile` where they are
+differentiated, by `generate`, with a static cache, where they write.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ from experiments import bench
 from metatuner_jax import pretrained
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILES = DEVICE == "cuda"
 MODULES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}  # fmt: skip
 
 
@@ -62,6 +65,7 @@ class Reference:
         self.batch = {name: tensor(value) for name, value in work.batch.items()}
         self.actor = language_model(work.setup.actor, work.frozen.actor, self.dtype).requires_grad_(False)
         self.k, self.active = work.setup.num_shared, None
+        self.actor_body = body(self.actor)
         self.hyper = {name: self.learns(leaf) for name, leaf in work.params["hyper"].items()}
         if self.full:
             self.generator = self.full_generator(work).requires_grad_(True)
@@ -80,6 +84,7 @@ class Reference:
             for target in {*config.hyper.targets, *config.generator.targets}:
                 layer.get_submodule(MODULES[target]).register_forward_hook(self.hook(i, target))
         self.generator.model.layers[self.k - 1].register_forward_hook(self.keep)
+        self.generator_body = body(self.generator) if self.full else self.actor_body
         self.learning = [*learning, *self.hyper.values()]
         self.optimizer = torch.optim.AdamW(self.learning, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True)
 
@@ -138,11 +143,11 @@ class Reference:
             first = 0 if part == "shared" else self.k
             for i, delta in enumerate(deltas):
                 weight = self.actor.model.layers[first + i].get_submodule(MODULES[target]).weight
-                before.append((weight, weight.data))
-                weight.data = weight.data + delta.to(weight.dtype)
+                before.append((weight, weight.clone()))
+                weight.add_(delta.to(weight.dtype))  # in place: what is compiled knows where its weights are
         yield
         for weight, data in before:
-            weight.data = data
+            weight.copy_(data)
 
     # --- the step ---
 
@@ -161,13 +166,13 @@ class Reference:
         query, expert = batch["generator"], batch["expert"]
         self.active = None if self.full else self.static_loras()
         with self.computes():
-            hidden = self.generator.model(torch.cat([query, expert[:, :-1]], 1), use_cache=False).last_hidden_state
+            hidden = self.generator_body(torch.cat([query, expert[:, :-1]], 1), use_cache=False).last_hidden_state
             x = self.state[:, query.shape[1] - 1].float()
             prompt_loss = cross_entropy(self.generator.lm_head(hidden[:, query.shape[1] - 1 :]), expert)
         h = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.setup.generator.norm_eps)
         self.active = self.row_loras(h)
         prefix = torch.tensor(self.setup.prefix, device=DEVICE).expand(len(query), -1)
-        task_loss = answer_loss(self.actor, torch.cat([prefix, prompts, batch["query"]], 1), batch["answer"])
+        task_loss = answer_loss(self.actor, self.actor_body, torch.cat([prefix, prompts, batch["query"]], 1), batch["answer"])
         self.active = None
         return task_loss, config.train.prompt_weight * prompt_loss
 
@@ -199,17 +204,23 @@ class Reference:
         def run():
             leaves = {key: tuple(side.detach().requires_grad_() for side in pair) for key, pair in loras.items()}
             self.active = {key: tuple(side.to(self.dtype) for side in pair) for key, pair in leaves.items()}
-            actor_gradient(self.actor, self.setup, self.batch)
+            actor_gradient(self.actor, self.actor_body, self.setup, self.batch)
             self.active = None
 
         return run
 
 
+def body(model):
+    """Returns the layers of a causal language model, compiled on a GPU."""
+    return torch.compile(model.model) if COMPILES else model.model
+
+
 def generate(model, tokens, new_tokens, **how):
     """Returns the new tokens, exactly that many."""
     out = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=bench.END, eos_token_id=bench.END, **how
-    )
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=bench.END, eos_token_id=bench.END,
+        cache_implementation="static" if COMPILES else None, **how,
+    )  # fmt: skip
     wait()
     return out[:, tokens.shape[1] :]
 
@@ -218,15 +229,15 @@ def cross_entropy(logits, targets):
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def answer_loss(model, tokens, answer):
+def answer_loss(model, body, tokens, answer):
     """Returns the mean cross-entropy of the answers after the tokens."""
-    hidden = model.model(torch.cat([tokens, answer[:, :-1]], 1), use_cache=False).last_hidden_state
+    hidden = body(torch.cat([tokens, answer[:, :-1]], 1), use_cache=False).last_hidden_state
     return cross_entropy(model.lm_head(hidden[:, tokens.shape[1] - 1 :]), answer)
 
 
-def actor_gradient(model, setup, batch):
+def actor_gradient(model, body, setup, batch):
     prefix = torch.tensor(setup.prefix, device=DEVICE).expand(len(batch["query"]), -1)
-    answer_loss(model, torch.cat([prefix, batch["expert"], batch["query"]], 1), batch["answer"]).backward()
+    answer_loss(model, body, torch.cat([prefix, batch["expert"], batch["query"]], 1), batch["answer"]).backward()
     wait()
 
 
@@ -244,7 +255,8 @@ def make_runs(work, names) -> dict:
     reference = Reference(work) if {"actor_lora_per_row", "step_lora", "step_full"} & {*names} else None
     if reference is not None:
         check_losses(work, reference)
-    plain = language_model(setup.actor, work.frozen.actor, dtype).requires_grad_(False) if {"decode", "step_lora"} & {*names} else None
+    samples = "step_lora" in names and not COMPILES  # plain sampling beside the reference's: on a GPU it takes a minute more to compile
+    plain = language_model(setup.actor, work.frozen.actor, dtype).requires_grad_(False) if "decode" in names or samples else None
     if "decode" in names:
         tokens = tensor(bench.decode_tokens(setup.actor.vocab_size))
         runs["torch_decode"] = torch.no_grad()(lambda: generate(plain, tokens, bench.DECODE_NEW, do_sample=False))
@@ -259,10 +271,13 @@ def make_runs(work, names) -> dict:
             language_model(setup.actor, work.frozen.actor, dtype), peft.LoraConfig(r=setup.config.hyper.rank, lora_alpha=16, target_modules=targets),
             autocast_adapter_dtype=False,  # it computes in the model's type, as the hooks do
         )
-        runs["torch_actor_lora_peft"] = lambda: (shared.zero_grad(), actor_gradient(shared.base_model.model, setup, reference.batch))
+        adapted = shared.base_model.model
+        layers = body(adapted)
+        runs["torch_actor_lora_peft"] = lambda: (shared.zero_grad(), actor_gradient(adapted, layers, setup, reference.batch))
     if "step_lora" in names:
         runs["torch_step_lora"] = reference.step
         runs["torch_sample"] = reference.sample
+    if samples:
         how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         runs["torch_generate"] = torch.no_grad()(lambda: generate(plain, reference.batch["generator"], bench.PROMPT, **how))
     if "step_full" in names:
@@ -294,8 +309,7 @@ def check_losses(work, reference) -> None:
         return task, work.setup.config.train.prompt_weight * losses.prompt_loss(work.setup, weights, states[0], batch)
 
     found = [float(value) for value in ours(work.params, work.frozen, batch)]
-    with torch.no_grad():
-        theirs = [float(value) for value in reference.losses(reference.batch["initial"])]
+    theirs = [float(value.detach()) for value in reference.losses(reference.batch["initial"])]
     limit = 1e-3 if reference.dtype == torch.float32 else 0.05
     print(f"losses of task and prompt: ours {found[0]:.4f}, {found[1]:.4f}; torch {theirs[0]:.4f}, {theirs[1]:.4f}")
     if max(abs(a - b) for a, b in zip(found, theirs)) > limit:

@@ -90,20 +90,17 @@ def pick(logits: Float[Array, "b v"], noise, temperature, top_p, allowed: Bool[A
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def prefill(
-    config: ModelConfig, params: dict, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], loras=None, remat: str = "none"
-) -> Prefill:
+def prefill(config: ModelConfig, params: dict, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], loras=None) -> Prefill:
     """Reads rows, for `sample` or `follow`.
 
     Args:
       x: the tokens' embeddings (`transformer.embed`). The last column is real in every row: padding stands on the left, or in holes
         before it.
       loras: as in `transformer.forward`.
-      remat: as `train.remat`.
     """
     transformer.check_window(config, x.shape[1])
     context = transformer.make_context(config, transformer.positions_of(mask), transformer.causal(mask))
-    x, past = transformer.run(config, params["layers"], x, context, loras, keep=True, remat=remat)
+    x, past = transformer.run(config, params["layers"], x, context, loras, keep=True)
     return Prefill(mask, x[:, -1:], past)
 
 
@@ -133,9 +130,12 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
     return [jnp.concatenate([start.last, part], axis=1) for part in parts]
 
 
-def fastest_layers() -> str:
-    """Returns how rows are written quickest where many are: elsewhere than on a CPU, a second copy of the weights is not worth it."""
-    return "unroll" if jax.default_backend() == "cpu" else "scan"
+def fastest_layers(in_step: bool = False) -> str:
+    """Returns how many rows are written quickest: a scan copies each layer's weights for each token, on a CPU and on a GPU.
+
+    In a training step, a CPU scans nevertheless: there, the time to compile grows with what is unrolled.
+    """
+    return {"cpu": "scan" if in_step else "unroll", "gpu": "unroll"}.get(jax.default_backend(), "scan")
 
 
 def begin(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from metatuner_jax import actor, generator, lora, transformer
+from metatuner_jax import actor, decode, generator, lora, transformer
 
 
 def token_loss(log_likelihoods: Float[Array, "b t"], weights: Float[Array, "b t"]) -> Float[Array, ""]:
@@ -81,7 +81,8 @@ def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TER
             writer = params if relaxed else {**params, "prompt": prompt_copy}
             begin = prefill if relaxed else generator.start(setup, writer, frozen, query)
             temperature = temperature_at(config, step)
-            sampled = generator.write(setup, writer, frozen, begin, key, rows, temperature)
+            layers = decode.fastest_layers(in_step=True)
+            sampled = generator.write(setup, writer, frozen, begin, key, rows, temperature, layers)
             prompts = sampled.tokens, sampled.mask
             segments += [prompts] * relaxed
             same = jnp.where(sampled.mask, sampled.tokens, -1) == jnp.where(batch["initial_mask"], batch["initial"], -1)

@@ -109,12 +109,12 @@ def test_the_program_does_not_grow_with_depth(batch):
     assert lines[0] == lines[1] > 1000
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_the_step_is_lowered_for_accelerators(batch, monkeypatch, platform):
+@pytest.mark.parametrize(("platform", "backend"), [("tpu", "tpu"), ("cuda", "gpu")])
+def test_the_step_is_lowered_for_accelerators(batch, monkeypatch, platform, backend):
     setup = make_setup(train={"prompt_gradient": "straight_through"})
     setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, dtype="bfloat16"))
     for_cpu = lowered(setup, batch).as_text()
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     text = lowered(setup, batch, (platform,)).as_text()
     assert "ui16" in for_cpu and "bf16" in text and "ui16" not in text  # bfloat16 is moved as its bits on a CPU alone
 
