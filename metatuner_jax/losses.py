@@ -81,8 +81,7 @@ def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TER
             writer = params if relaxed else {**params, "prompt": prompt_copy}
             begin = prefill if relaxed else generator.start(setup, writer, frozen, query)
             temperature = temperature_at(config, step)
-            layers = decode.fastest_layers(in_step=True)
-            sampled = generator.write(setup, writer, frozen, begin, key, rows, temperature, layers)
+            sampled = generator.write(setup, writer, frozen, begin, key, rows, temperature, layers=decode.fastest_layers(in_step=True))
             prompts = sampled.tokens, sampled.mask
             segments += [prompts] * relaxed
             same = jnp.where(sampled.mask, sampled.tokens, -1) == jnp.where(batch["initial_mask"], batch["initial"], -1)

@@ -143,7 +143,7 @@ class Passes:
         A batch of them is written at a time. Once a quarter of these have ended, others take their places, and need not wait for the
         longest.
         """
-        count, slots, some = len(texts["query"]), self._batch_size(1), self._batch_size(4)
+        count = len(texts["query"])
         found = Answered(np.zeros((count, max_tokens), np.int32), np.zeros((count, max_tokens), bool), np.zeros(count, np.float32), None)
         noise = {} if key is None else {"key": key, "temperature": temperature}
         unrolled = self.layers == "unroll" and max_tokens > 1
@@ -156,29 +156,39 @@ class Passes:
             return self._begin(max_tokens, self.frozen, loras, {"rows": numbers, **noise}, *batch), loras
 
         with self.progress.task(what, count) as advance:
-            for group in self._alike(texts["query_mask"], slots):
+            for group in self._alike(texts["query_mask"], self._batch_size(1)):
                 batch = data.trim({name: leaf[group] for name, leaf in texts.items()}, self.setup.config.data.buckets)
-                waiting, holds = np.arange(len(group)), np.full(slots, -1)  # places in the group: to come, and in each slot
-                state = loras = None
-                while len(waiting) or (holds >= 0).any():
-                    free = np.flatnonzero(holds < 0)
-                    while len(waiting) and len(free) >= min(some, len(waiting)):
-                        taken, waiting = waiting[:some], waiting[some:]
-                        places = np.full(some, slots)  # none, where `taken` is filled up
-                        places[: len(taken)], free = free[: len(taken)], free[len(taken) :]
-                        holds[places[: len(taken)]] = taken
-                        taken = taken[np.minimum(np.arange(some), len(taken) - 1)]
-                        state, loras = self._fill(state, loras, *read(group[taken], [leaf[taken] for leaf in batch.values()]), places)
-                    until = min(some, len(waiting)) or slots
-                    if np.asarray(state.ended).sum() < until:
-                        state = self._advance(self.frozen, layers, loras, state, {"until": until, **noise})
-                    ended = np.flatnonzero((holds >= 0) & np.asarray(state.ended))
-                    at, (tokens, count, first) = group[holds[ended]], (np.asarray(leaf) for leaf in (state.tokens, state.count, state.first))
-                    found.tokens[at], found.first[at] = tokens[ended], first[ended]
-                    found.mask[at] = np.arange(max_tokens) < count[ended, None]
-                    holds[ended] = -1
-                    advance(len(ended))
+                begin = lambda some, group=group, batch=batch: read(group[some], [leaf[some] for leaf in batch.values()])
+                for ended, tokens, count, first in self._as_they_end(len(group), begin, layers, noise):
+                    at = group[ended]
+                    found.tokens[at], found.mask[at], found.first[at] = tokens, np.arange(max_tokens) < count[:, None], first
+                    advance(len(at))
         return found
+
+    def _as_they_end(self, count: int, begin, layers, noise):
+        """Yields (numbers, tokens, how many of these, first log-probabilities) of rows 0 to `count`, those that have ended at a time.
+
+        Args:
+          begin: from numbers of rows to the rows with their first token, and their LoRA.
+        """
+        slots, some = self._batch_size(1), self._batch_size(4)
+        waiting, holds = np.arange(count), np.full(slots, -1)  # rows to come, and the one in each slot
+        state = loras = None
+        while len(waiting) or (holds >= 0).any():
+            free = np.flatnonzero(holds < 0)
+            while len(waiting) and len(free) >= min(some, len(waiting)):
+                taken, waiting = waiting[:some], waiting[some:]
+                places = np.full(some, slots)  # none, where `taken` is filled up
+                places[: len(taken)], free = free[: len(taken)], free[len(taken) :]
+                holds[places[: len(taken)]] = taken
+                taken = taken[np.minimum(np.arange(some), len(taken) - 1)]
+                state, loras = self._fill(state, loras, *begin(taken), places)
+            until = min(some, len(waiting)) or slots
+            if np.asarray(state.ended).sum() < until:
+                state = self._advance(self.frozen, layers, loras, state, {"until": until, **noise})
+            ended = np.flatnonzero((holds >= 0) & np.asarray(state.ended))
+            yield holds[ended], *(np.asarray(leaf)[ended] for leaf in (state.tokens, state.count, state.first))
+            holds[ended] = -1
 
     def _fill(self, state, loras, new, its_loras, places):
         """Returns (state, LoRA) of all slots, with new rows in some of them; no state: with nothing in the others."""

@@ -1,5 +1,6 @@
 """The LLM: a decoder-only Flax transformer with stacked layers, cached decoding, and LoRA as an input."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -121,24 +122,16 @@ def kept(x):
 REMAT = {"products": jax.checkpoint_policies.save_only_these_names("kept"), "all": jax.checkpoint_policies.nothing_saveable}
 
 
-class Stack(nn.Module):
-    """Layers run one after the other by a scan; every parameter, LoRA and past key has a leading layer axis."""
+@functools.partial(jax.jit, static_argnames=("config", "keep", "remat"))
+def _layer(weights, carry, per_layer, context, *, config, keep=False, remat="none"):
+    """Returns what `Block` does with these weights; traced once for all passes, of all programs, whose arrays have these shapes."""
 
-    config: ModelConfig
-    num_layers: int
-    remat: str = "none"
-    keep: bool = False
+    def apply(weights, *args):
+        return Block(config, keep).apply({"params": weights}, *args)
 
-    @nn.compact
-    def __call__(self, x, context, loras=None, cache=None, past=None):
-        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
-        scan = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=self.num_layers,
-            check_constancy_invariants=False,  # or the layer is traced twice
-        )
-        # The cache is part of the carry, so that its columns are updated in place.
-        (x, cache, _), own = scan(self.config, self.keep, name="layers")((x, cache, jnp.int32(0)), (loras, past), context)
-        return x, own if self.keep else cache
+    if remat != "none":
+        apply = jax.checkpoint(apply, prevent_cse=False, policy=REMAT[remat])
+    return apply(weights, carry, per_layer, context)
 
 
 # --- parts of a layer ---
@@ -238,11 +231,14 @@ def run(config, layers, x, context, loras=None, caches=None, past=None, keep=Fal
     if isinstance(layers, list):  # nothing is sliced here: in a loop that would be done again for each token
         return _run_unstacked(config, layers, x, context, loras, caches)
     stacks, sizes, loras = by_stack(layers, loras)
-    made = []
+    layer, made = functools.partial(_layer, config=config, keep=keep, remat=remat), []
     for i, (stack, size) in enumerate(zip(stacks, sizes)):
         cache, before = (None if given is None else given[i] for given in (caches, past))
-        x, cache = Stack(config, size, remat, keep).apply({"params": {"layers": stack}}, x, context, loras[i], cache, before)
-        made.append(cache)
+        # The cache is part of the carry, so that its columns are updated in place.
+        (x, cache, _), own = jax.lax.scan(
+            lambda carry, given: layer(given[0], carry, given[1:], context), (x, cache, jnp.int32(0)), (stack, loras[i], before), length=size
+        )
+        made.append(own if keep else cache)
     return x, tuple(made)
 
 
@@ -265,7 +261,7 @@ def unstack(layers) -> list:
 def _run_unstacked(config, layers, x, context, loras, caches):
     made = []
     for weights, lora, cache in zip(layers, loras or [None] * len(layers), caches):
-        (x, cache, _), _ = Block(config).apply({"params": weights}, (x, cache, None), (lora, None), context)
+        (x, cache, _), _ = _layer(weights, (x, cache, None), (lora, None), context, config=config)
         made.append(cache)
     return x, tuple(made)
 
@@ -379,7 +375,8 @@ def init(config: ModelConfig, key, dtype=jnp.float32) -> dict:
     key_embed, key_layers, key_head = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.width), dtype)
     context = make_context(config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool))
-    layers = jax.jit(Stack(config, config.num_layers).init)(key_layers, x, context)["params"]["layers"]
+    one = lambda key: Block(config).init(key, (x, None, None), (None, None), context)["params"]
+    layers = jax.jit(jax.vmap(one))(jax.random.split(key_layers, config.num_layers))
     shape = (config.vocab_size, config.width)
     params = {
         "embed": {"embedding": 0.02 * jax.random.normal(key_embed, shape)},

@@ -214,13 +214,13 @@ def test_the_relaxed_prompt_has_the_value_of_its_tokens_and_the_gradient_of_the_
 
 def test_the_relaxation_uses_the_noise_that_picked_the_tokens(networks, batch, monkeypatch):
     """Where the packed pass gives the sampler's scores, softmax's peak with the noise is the token that was sampled."""
-    setup = make_setup(train={"prompt_gradient": "straight_through"}, generator={"temperature": 0.6})
+    setup = make_setup(train={"prompt_gradient": "straight_through"}, generator={"temperature": 2.0})
     frozen, params = networks(setup)
     seen = {}
 
-    def write(setup, params, frozen, prefill, key, rows, temperature, plain=generator.write):
+    def write(setup, params, frozen, prefill, key, rows, temperature, layers, plain=generator.write):
         seen["write"] = (jax.random.key_data(key), np.array(rows), temperature)
-        seen["sampled"] = plain(setup, params, frozen, prefill, key, rows, temperature)
+        seen["sampled"] = plain(setup, params, frozen, prefill, key, rows, temperature, layers)
         return seen["sampled"]
 
     def relaxed(setup, weights, states, sampled, frozen, key, rows, temperature, plain=generator.relaxed_prompt):
@@ -236,7 +236,7 @@ def test_the_relaxation_uses_the_noise_that_picked_the_tokens(networks, batch, m
     key, rows = jax.random.wrap_key_data(seen["relaxed"][0]), jnp.array(seen["relaxed"][1])
     noise = np.stack([np.array(decode.gumbel(key, rows, i, GENERATOR.vocab_size)) for i in range(5)], axis=1)
     real = np.array(seen["sampled"].mask)
-    peaks = np.argmax(seen["logits"] / 0.6 + noise, axis=-1)
+    peaks = np.argmax(seen["logits"] / 2.0 + noise, axis=-1)
     np.testing.assert_array_equal(peaks[real], np.array(seen["sampled"].tokens)[real])
     assert real.sum() > 5 and not np.array_equal(peaks[real], np.argmax(seen["logits"], axis=-1)[real])
 
