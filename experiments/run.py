@@ -3,8 +3,10 @@
     python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart --config.train.num_steps=20
 """
 
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import importlib.util
 import json
 import os
@@ -14,7 +16,7 @@ import time
 from typing import Any
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import methods, tasks
+from metatuner_jax import methods, stopping, tasks
 
 USAGE = """usage: python -m experiments.run --config FILE [--workdir FOLDER] [--config.SECTION.NAME=VALUE ...]
 
@@ -34,30 +36,58 @@ class Mistake(Exception):
 
 
 def main(argv=None) -> int:
-    """Returns the exit code: 0 done, 1 failed, 2 bad input."""
+    """Returns the exit code: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(USAGE + "\n".join(f"  --config.{key}={_text(value)}\n      {help}" for key, value, help in config_lib.leaves()))
         return 0
+    stop = stopping.Stop()
     try:
-        path, workdir, assignments = parse(argv)
-        config = load_config(path, assignments)
-        saved = check_workdir(config, workdir)
-        if saved is not None and (workdir / "results.json").exists():
-            print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
-            print(summary(read_json(workdir / "results.json"), _first_predictions(workdir)))
-            return 0
-        job = prepare(config, saved and saved.get("resolved", {}).get("dtype"))
-        if saved is not None:
-            check_saved(job, workdir, saved)
-    except (Mistake, ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    try:
-        train_and_evaluate(job, workdir)
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        with stop.heard():
+            return run(argv, stop)
+    except stopping.Stopped as stopped:
+        print(f"stopped by {stopped}: {stopped.kept or 'nothing was done that could be lost'}", file=sys.stderr)
+        return 128 + stopped.number
+
+
+def run(argv, stop) -> int:
+    """Does what the command line says. Returns the exit code.
+
+    Raises:
+      Stopped: the process was asked to stop.
+    """
+    with contextlib.ExitStack() as folder:
+        try:
+            path, workdir, assignments = parse(argv)
+            config = load_config(path, assignments)
+            saved = check_workdir(config, workdir)
+            if saved is not None and (workdir / "results.json").exists():
+                print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
+                print(summary(read_json(workdir / "results.json"), _first_predictions(workdir)))
+                return 0
+            if saved is not None:
+                folder.enter_context(held(workdir))
+            job = prepare(config, saved and saved.get("resolved", {}).get("dtype"))
+            if saved is not None:
+                check_saved(job, workdir, saved)
+            else:
+                folder.enter_context(held(workdir))
+                if (workdir / "config.json").exists():
+                    raise Mistake(f"--workdir={workdir} was taken by another run just now; give another --workdir")
+        except (Mistake, ValueError, OSError) as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            return 2
+        from metatuner_jax import checkpoint
+
+        try:
+            train_and_evaluate(job, workdir, stop)
+        except stopping.Stopped as stopped:
+            steps = checkpoint.steps_in(workdir / "checkpoints")
+            stopped.kept = f"{workdir}/checkpoints/{steps[-1]} has all that was trained; the same command goes on from it" if steps else None
+            raise
+        except (RuntimeError, ValueError, OSError) as error:
+            print(f"failed: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -137,6 +167,18 @@ def _text(value):
 
 
 # --- all that can go wrong before anything slow ---
+
+
+@contextlib.contextmanager
+def held(workdir):
+    """Holds a run folder, made where it is not there, for this process alone. Raises Mistake where another process holds it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(f"--workdir={workdir} is in use by a run that has not ended: wait for it, or give another --workdir") from None
+        yield
 
 
 @dataclasses.dataclass
@@ -265,14 +307,10 @@ def check_checkpoint(setup, workdir):
         same = config.generator.model == config.actor.model and config.generator.train == "lora"
         return train.init_state(setup, generator.init(setup, base, key, base if same else transformer.init(setup.actor, key)))
 
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
-    try:
-        newest = checkpoints.latest()
-        if newest is not None:
-            like = train.rest(jax.eval_shape(init, jax.random.key(0)), train.phases(setup), newest)
-            checkpoints.check(newest, like)
-    finally:
-        checkpoints.close()
+    newest = checkpoint.newest_whole(workdir / "checkpoints")
+    if newest is not None:
+        like = train.rest(jax.eval_shape(init, jax.random.key(0)), train.phases(setup), newest)
+        checkpoint.check(workdir / "checkpoints", newest, like)
 
 
 def check_lengths(config, generator, actor, lengths, prefix_tokens):
@@ -322,7 +360,7 @@ def differences(old, new, path=""):
 # --- the run ---
 
 
-def train_and_evaluate(job, workdir):
+def train_and_evaluate(job, workdir, stop):
     """Does the whole run in its folder."""
     import jax
     import numpy as np
@@ -333,10 +371,9 @@ def train_and_evaluate(job, workdir):
 
     began = time.perf_counter()
     keep_compiled()
-    progress = Progress()
+    progress, stop.waits = Progress(stop=stop), True
     setup, config, task, tokens, rows = job.setup, job.setup.config, job.task, job.tokens, job.rows
     introduce(progress, job)
-    workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
         devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
         given, resolved = (dataclasses.asdict(c) for c in (job.given, config))
@@ -360,6 +397,8 @@ def train_and_evaluate(job, workdir):
     keeps = setup.method.adapter is None and not config.warmup.actor_steps
     experts = rollout.Experts(workdir / "experts.jsonl", ids, rows["train"].initial, rows["train"].initial_mask, keeps)
     pairs = preference.Pairs(workdir / "pairs.jsonl", ids, config.actor.max_answer_tokens)
+    for line in checkpoint.set_aside(workdir / "checkpoints"):
+        progress.line(f"note: {line}")
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
     metrics_path = workdir / "metrics.jsonl"
     try:
@@ -383,7 +422,6 @@ def train_and_evaluate(job, workdir):
         best = checkpoints.best()
         if best not in (None, trainer.total):
             progress.line(f"taking the checkpoint of step {best}, the best on validation rows")
-            checkpoints.manager.wait_until_finished()
             state = checkpoints.restore(best, train.rest(shapes, planned, best))
     finally:
         checkpoints.close()

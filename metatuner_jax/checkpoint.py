@@ -1,5 +1,11 @@
-"""A run's own state on disk (Orbax, asynchronous): the newest checkpoint, to resume from, and the best by validation score."""
+"""A run's own state on disk (Orbax, asynchronous): the newest checkpoints, to resume from, and the best by validation score.
 
+Orbax restores flipped bytes without a word. So each checkpoint has a file of sums in a folder beside that of the checkpoints, written
+once the checkpoint is whole, and what does not agree with its sums is set aside.
+"""
+
+import hashlib
+import json
 import pathlib
 
 import jax
@@ -15,13 +21,91 @@ def shapes(tree):
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
+def sums_of(folder) -> dict[str, str]:
+    """Returns the SHA-256 sum of every file below a folder, by its path there."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def sums_path(folder, step: int) -> pathlib.Path:
+    """Returns the file of sums of a checkpoint."""
+    return pathlib.Path(folder).with_name("checkpoint_sums") / f"{step}.json"
+
+
+def steps_in(folder) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, whole or not, in their order."""
+    return sorted(int(path.name) for path in pathlib.Path(folder).glob("*") if path.name.isdigit())
+
+
+def problem(folder, step: int) -> str | None:
+    """Returns what is wrong with a checkpoint, None where it is as it was written."""
+    path = sums_path(folder, step)
+    if not path.parent.exists():
+        return None  # of a version that wrote no sums
+    try:
+        wanted = dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError, TypeError):
+        return f"{path} cannot be read"
+    found = sums_of(pathlib.Path(folder) / str(step))
+    return next((f"{name} is not as it was written" for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)), None)
+
+
+def set_aside(folder) -> list[str]:
+    """Moves the checkpoints that are not as they were written to a folder beside. Returns a line about each."""
+    folder, lines = pathlib.Path(folder), []
+    for step in steps_in(folder):
+        wrong = problem(folder, step)
+        if wrong:
+            aside = folder.with_name("bad_checkpoints")
+            aside.mkdir(exist_ok=True)
+            number = sum(path.name.split("-")[0] == str(step) for path in aside.iterdir())
+            place = (folder / str(step)).rename(aside / (f"{step}-{number}" if number else str(step)))
+            lines.append(f"the checkpoint of step {step} is no good and was moved to {place}: {wrong}")
+    drop_sums(folder)
+    return lines
+
+
+def drop_sums(folder) -> None:
+    """Removes the sums of checkpoints that are gone."""
+    steps = steps_in(folder)
+    for path in sums_path(folder, 0).parent.glob("*.json"):
+        if int(path.stem) not in steps:
+            path.unlink()
+
+
+def newest_whole(folder) -> int | None:
+    """Returns the step of the newest checkpoint that is as it was written, None where there is none."""
+    return next((step for step in reversed(steps_in(folder)) if not problem(folder, step)), None)
+
+
+def check(folder, step: int, like) -> None:
+    """Raises ValueError where a checkpoint's arrays are not shaped as those of `like`: it belongs to another architecture."""
+    place = pathlib.Path(folder).absolute() / str(step)
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(place / "default").item_metadata.tree
+    found = {sharding.path_text(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+    wanted = {sharding.path_text(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+    for name in [*wanted, *found]:
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{place} is a checkpoint of another architecture: {name} is {found.get(name, 'missing')} there and "
+                f"{wanted.get(name, 'missing')} in this run; give another --workdir, or the settings that it was made with"
+            )
+
+
 class Checkpoints:
     """Checkpoints of a run folder, named by the number of updates done."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder).absolute()
         policies = [
-            checkpoint_managers.LatestN(1),
+            checkpoint_managers.LatestN(2),  # so that there is one where the newest turns out to be no good
             # Of equal scores the later one counts as better: it has seen more.
             checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics["validation"] + 1e-9 * metrics["step"], n=1),
         ]
@@ -32,6 +116,24 @@ class Checkpoints:
         )
         # Without the handler, a manager that has not saved yet cannot tell what a checkpoint holds.
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+        self.without_sums = False  # whether one that is being written, or was, has none yet
+
+    def tend(self) -> None:
+        """Writes the sums of what has become whole; raises what went wrong in the background, such as a full disk. To be called often."""
+        self.manager.check_for_errors()
+        if self.without_sums and not self.manager.is_saving_in_progress():
+            self._write_sums()
+
+    def _write_sums(self) -> None:
+        for step in steps_in(self.folder):
+            path = sums_path(self.folder, step)
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                beside = path.with_suffix(".new")
+                beside.write_text(json.dumps(sums_of(self.folder / str(step)), indent=2) + "\n", encoding="utf-8")
+                beside.replace(path)
+        drop_sums(self.folder)
+        self.without_sums = False
 
     def latest(self) -> int | None:
         """Returns the newest whole checkpoint's step, None where there is none."""
@@ -43,26 +145,25 @@ class Checkpoints:
 
     def save(self, step: int, state, validation: float) -> None:
         """Starts writing a checkpoint in the background; the error of an earlier write is raised here."""
+        self.manager.wait_until_finished()
+        self.tend()
+        self.without_sums = True
         self.manager.save(step, args=ocp.args.StandardSave(state), metrics={"validation": validation, "step": step})
 
     def restore(self, step: int, like):
-        """Returns the state of a checkpoint, placed as `like` is. Raises what `check` does."""
-        self.check(step, like)
+        """Returns the state of a checkpoint, placed as `like` is. Raises what `check` does, and RuntimeError where it was damaged."""
+        self.manager.wait_until_finished()
+        self.tend()
+        wrong = problem(self.folder, step)
+        if wrong:
+            raise RuntimeError(f"the checkpoint of step {step} is no good: {wrong}; the same command sets it aside and goes on from another")
+        check(self.folder, step, like)
         return self.manager.restore(step, args=ocp.args.StandardRestore(shapes(like)))
-
-    def check(self, step: int, like) -> None:
-        """Raises ValueError where a checkpoint's arrays are not shaped as those of `like`: it belongs to another architecture."""
-        saved = self.manager.item_metadata(step)
-        found = {sharding.path_text(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-        wanted = {sharding.path_text(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
-        for name in [*wanted, *found]:
-            if found.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"{self.folder / str(step)} is a checkpoint of another architecture: {name} is {found.get(name, 'missing')} there and "
-                    f"{wanted.get(name, 'missing')} in this run; give another --workdir, or the settings that it was made with"
-                )
 
     def close(self) -> None:
         """Waits until everything is on disk; raises what went wrong in the background."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        try:
+            self.manager.wait_until_finished()
+            self.tend()
+        finally:
+            self.manager.close()

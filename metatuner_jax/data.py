@@ -270,10 +270,10 @@ def batch_at(step: int, rows: Rows, experts, batch_size: int, seed: int) -> dict
 
 
 def batch_of(index, rows: Rows, experts) -> dict[str, np.ndarray]:
-    """Returns rows as a batch, with the best prompt so far of each."""
+    """Returns rows as a batch, with the best prompt so far of each, and as `rows` their places, which are not for the step."""
     expert, expert_mask = experts.tokens_of(index)
     names = ("generator", "generator_mask", "own", "query", "query_mask", "answer", "answer_mask", "initial", "initial_mask")
-    return {**{name: getattr(rows, name)[index] for name in names}, "expert": expert, "expert_mask": expert_mask}
+    return {**{name: getattr(rows, name)[index] for name in names}, "expert": expert, "expert_mask": expert_mask, "rows": np.asarray(index)}
 
 
 _LEFT, _RIGHT = ("generator", "query"), ("answer", "chosen", "rejected")  # the side on which they are padded

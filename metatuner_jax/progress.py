@@ -7,12 +7,14 @@ import time
 
 import tqdm
 
+from metatuner_jax.stopping import Stop
+
 
 class Progress:
-    """Lines on standard output, and progress of what takes longer than a few seconds."""
+    """Lines on standard output, and progress of what takes longer than a few seconds, which ends where the process is to stop."""
 
-    def __init__(self, stream=None, every_s: float = 20.0):
-        self.stream = stream or sys.stdout
+    def __init__(self, stream=None, every_s: float = 20.0, stop: Stop | None = None):
+        self.stream, self.stop = stream or sys.stdout, stop or Stop()
         self.terminal = self.stream.isatty()
         self.every_s = every_s  # between plain lines about the same work
 
@@ -25,7 +27,7 @@ class Progress:
 
     @contextlib.contextmanager
     def task(self, what: str, total: int, first: int = 0):
-        """Yields advance(count, text=""), to be called as the work goes on."""
+        """Yields advance(count, text=""), to be called as the work goes on; it raises Stopped where the process was asked to stop."""
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1  # a terminal that does not tell its width would get no bar
             with tqdm.tqdm(total=total, initial=first, desc=what, file=self.stream, leave=False, ncols=width, mininterval=0) as bar:
@@ -33,6 +35,7 @@ class Progress:
                 def advance(count, text=""):
                     bar.set_postfix_str(text, refresh=False)
                     bar.update(count)
+                    self.stop.check()
 
                 yield advance
             return
@@ -45,6 +48,7 @@ class Progress:
                 left_s = (now - start) / (done - first) * (total - done)
                 self.line(f"  {what} {done}/{total}{', ' + text if text else ''}, {_duration(left_s)} left")
                 said = now
+            self.stop.check()
 
         yield advance
 

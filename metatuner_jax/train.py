@@ -15,7 +15,20 @@ import numpy as np
 import optax
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, evaluate, generator, lora, losses, preference, product, rollout, search, sharding, transformer
+from metatuner_jax import (
+    data,
+    evaluate,
+    generator,
+    lora,
+    losses,
+    preference,
+    product,
+    rollout,
+    search,
+    sharding,
+    stopping,
+    transformer,
+)
 
 
 @flax.struct.dataclass
@@ -253,6 +266,8 @@ def warmed_up(setup, frozen: generator.Frozen, params: dict) -> generator.Frozen
 
 # --- the loop ---
 
+NOT_VALIDATED = -1.0  # the score of checkpoints that are there to resume from alone: a warm-up's, and where a run was stopped
+
 
 class Trainer:
     """All that the loop of one run works with.
@@ -275,6 +290,8 @@ class Trainer:
         self.config, self.phases = self.setup.config, phases(self.setup)
         self.total = sum(phase.steps for phase in self.phases)
         self.warm = False  # whether the warmed-up actor is in place
+        self.state, self.saved = None, None  # while `fit` runs: the newest state, and the step of the newest checkpoint
+        self.compiled, self.share = {}, None  # steps by phase and turn, and the measurement of both terms' gradients
         self.searched = None  # the prompt for all rows that the newest search of this process settled on
 
     def fit(self, state: TrainState) -> TrainState:
@@ -282,9 +299,21 @@ class Trainer:
 
         Raises:
           RuntimeError: too many steps in a row were not finite, or the expert set is not in use.
+          Stopped: the process was asked to stop; what was done is being written to a checkpoint.
         """
-        config, progress, first = self.config, self.passes.progress, int(state.step)
-        compiled, share = {}, None
+        self.state, self.saved = state, int(state.step)
+        try:
+            return self._fit(state)
+        except stopping.Stopped:
+            step = int(self.state.step)
+            if step != self.saved:
+                self.checkpoints.save(step, rest(self.state, self.phases, step), NOT_VALIDATED)
+            raise
+        finally:
+            self.state = None
+
+    def _fit(self, state: TrainState) -> TrainState:
+        progress, first = self.passes.progress, int(state.step)
         with progress.task("training", self.total, first) as advance:
             for step in range(first, self.total):
                 phase = phase_at(self.phases, step)
@@ -295,41 +324,59 @@ class Trainer:
                 if phase.name == "joint" and step == phase.first:
                     state = self.standardise(state)
                 extra = {"phase": phase.name}
-                if phase.rollouts and (step - phase.first) % config.rollout.every == 0:
+                if phase.rollouts and (step - phase.first) % self.config.rollout.every == 0:
                     extra |= self.refresh(state, step)
-                start = time.perf_counter()
-                turn = phase.turn_at(step)
-                if (phase.name, turn) not in compiled:
-                    compiled[phase.name, turn] = make_train_step(phase.turns[turn][0], config.train, phase, phase.turns[turn][1])
-                batch = data.trim(self.batch_at(phase, step), self.config.data.buckets)
-                batch = sharding.place_rows(batch, self.passes.mesh)
-                if phase.name == "joint" and self.diagnoses(step - phase.first):
-                    share = share or make_gradient_share(self.setup, phase)
-                    extra["task_gradient_share"] = float(share(state, self.passes.frozen, batch, self.keys["step"]))
-                    start = time.perf_counter()
-                with uncollected():
-                    state, metrics = compiled[phase.name, turn](state, self.passes.frozen, batch, self.keys["step"])
-                metrics = {name: np.asarray(value).item() for name, value in metrics.items()}  # waits for the device
-                step_s = time.perf_counter() - start
-                metrics |= {"tokens_per_s": metrics["tokens"] / step_s, "step_s": step_s, **self.experts.summary(), **extra}
-                advance(1, f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:.0f} tokens/s")
-                last = step + 1 == phase.first + phase.steps
-                saves = last or (step + 1 - phase.first) % config.train.checkpoint_every == 0
-                if saves and phase.name == "joint":
-                    metrics["validation"] = self.validate(state)
-                self.log({"step": step, **_rounded(metrics)})
-                if metrics["bad_steps"] >= config.train.max_bad_steps:
-                    raise RuntimeError(
-                        f"the last {metrics['bad_steps']} steps up to {step} had a loss or gradient that is not finite and were not "
-                        "applied: lower train.learning_rate or hyper.scale, and start again in a new --workdir"
-                    )
-                if saves:
-                    if phase.name == "joint":
-                        percent = f"{100 * metrics['validation']['mean']:.1f}% of {len(self.rows['validation'])}"
-                        progress.line(f"  step {step + 1}: validation {percent}, checkpoint")
-                    # A warm-up's checkpoints are there to resume from: none is better than any of the joint phase.
-                    self.checkpoints.save(step + 1, rest(state, self.phases, step + 1), metrics.get("validation", {"mean": -1.0})["mean"])
+                with progress.stop.held():
+                    state = self.do_step(state, step, phase, extra, advance)
+                progress.stop.check()
         self.enter(self.total, state)
+        return state
+
+    def do_step(self, state: TrainState, step: int, phase: Phase, extra: dict, advance) -> TrainState:
+        """Does a step, its line in the log and, where they are due, validation and a checkpoint. Returns the state.
+
+        Args:
+          extra: what else the line is to hold.
+          advance: as `Progress.task` yields it.
+        """
+        config, progress, turn = self.config, self.passes.progress, phase.turn_at(step)
+        start = time.perf_counter()
+        if (phase.name, turn) not in self.compiled:
+            self.compiled[phase.name, turn] = make_train_step(phase.turns[turn][0], config.train, phase, phase.turns[turn][1])
+        batch = data.trim(self.batch_at(phase, step), config.data.buckets)
+        rows = batch.pop("rows")
+        batch = sharding.place_rows(batch, self.passes.mesh)
+        if phase.name == "joint" and self.diagnoses(step - phase.first):
+            self.share = self.share or make_gradient_share(self.setup, phase)
+            extra["task_gradient_share"] = float(self.share(state, self.passes.frozen, batch, self.keys["step"]))
+            start = time.perf_counter()
+        with uncollected():
+            state, metrics = self.compiled[phase.name, turn](state, self.passes.frozen, batch, self.keys["step"])
+        self.state = state
+        metrics = {name: np.asarray(value).item() for name, value in metrics.items()}  # waits for the device
+        step_s = time.perf_counter() - start
+        metrics |= {"tokens_per_s": metrics["tokens"] / step_s, "step_s": step_s, **self.experts.summary(), **extra}
+        advance(1, f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:.0f} tokens/s")
+        if metrics["bad_steps"]:
+            metrics["ids"] = [self.rows["train"].examples[row].id for row in rows]
+        last = step + 1 == phase.first + phase.steps
+        saves = last or (step + 1 - phase.first) % config.train.checkpoint_every == 0
+        if saves and phase.name == "joint":
+            metrics["validation"] = self.validate(state)
+        self.log({"step": step, **_rounded(metrics)})
+        self.checkpoints.tend()
+        if metrics["bad_steps"] >= config.train.max_bad_steps:
+            raise RuntimeError(
+                f"steps {step + 1 - metrics['bad_steps']} to {step} had a loss or gradient that is not finite and were not applied "
+                "(metrics.jsonl has their rows' ids): lower train.learning_rate or hyper.scale, and start again in a new --workdir"
+            )
+        if saves:
+            if phase.name == "joint":
+                percent = f"{100 * metrics['validation']['mean']:.1f}% of {len(self.rows['validation'])}"
+                progress.line(f"  step {step + 1}: validation {percent}, checkpoint")
+            score = metrics["validation"]["mean"] if "validation" in metrics else NOT_VALIDATED
+            self.checkpoints.save(step + 1, rest(state, self.phases, step + 1), score)
+            self.saved = step + 1
         return state
 
     def enter(self, step: int, state: TrainState) -> None:

@@ -250,3 +250,11 @@ def scores_of(model, params, ids, loras=None):
     tokens, mask = np.zeros((1, 20), np.int32), np.arange(20)[None] < len(ids)
     tokens[0, : len(ids)] = ids
     return np.array(forward(model, params, tokens, mask, loras))[0, : len(ids)]
+
+
+@pytest.fixture
+def forget_traces():
+    """For a test that changes what a layer does: a layer is traced once for all programs of a process."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()

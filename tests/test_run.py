@@ -204,8 +204,10 @@ def finished(root, tmp_path_factory):
 @pytest.mark.smoke
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "checkpoints", "before.jsonl"}
-    assert [path.name for path in (finished.folder / "checkpoints").iterdir()] == ["4"]  # of equal scores the later is the best
+    files = {"config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "before.jsonl", "lock"}
+    assert names == {*files, "checkpoints", "checkpoint_sums"}
+    assert sorted(path.name for path in (finished.folder / "checkpoints").iterdir()) == ["2", "4"]
+    assert sorted(path.name for path in (finished.folder / "checkpoint_sums").iterdir()) == ["2.json", "4.json"]
     written = json.loads((finished.folder / "config.json").read_text())
     assert written["config"]["train"]["num_steps"] == 4 and written["config"]["task"]["num_train"] is None
     assert set(written["versions"]) >= {"python", "metatuner_jax", "jax", "flax", "orbax-checkpoint", "transformers"}
@@ -414,7 +416,7 @@ def test_a_run_that_goes_on_keeps_the_type_that_auto_stood_for(saved, dtype, fin
         config["config"]["dtype"], config["resolved"]["dtype"] = "auto", saved
         (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(product, "fastest_dtype", lambda: "float32")
-    monkeypatch.setattr(run, "train_and_evaluate", lambda job, workdir: jobs.append(job))
+    monkeypatch.setattr(run, "train_and_evaluate", lambda job, workdir, stop: jobs.append(job))
     assert run.main(command(root, folder, "dtype=auto")) == 0
     assert jobs[0].given.dtype == "auto" and jobs[0].setup.config.dtype == dtype
 
@@ -456,7 +458,7 @@ def fails(root, workdir, capfd, *settings):
     return error
 
 
-def test_an_adapter_that_reaches_nothing_fails_the_run(root, tmp_path, monkeypatch, capfd):
+def test_an_adapter_that_reaches_nothing_fails_the_run(root, tmp_path, monkeypatch, capfd, forget_traces):
     monkeypatch.setattr(lora, "delta", lambda x, lora: jnp.zeros((*x.shape[:-1], lora.b.shape[-1]), x.dtype))
     assert "the generated adapter is not in use" in fails(root, tmp_path / "run", capfd, *SHORT)
 

@@ -110,14 +110,13 @@ def test_the_program_does_not_grow_with_depth(batch):
 
 
 @pytest.mark.parametrize(("platform", "backend"), [("tpu", "tpu"), ("cuda", "gpu")])
-def test_the_step_is_lowered_for_accelerators(batch, monkeypatch, platform, backend):
+def test_the_step_is_lowered_for_accelerators(batch, monkeypatch, forget_traces, platform, backend):
     setup = make_setup(train={"prompt_gradient": "straight_through"})
     setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, dtype="bfloat16"))
     for_cpu = lowered(setup, batch).as_text()
-    jax.clear_caches()  # of what was traced for a CPU
+    jax.clear_caches()
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     text = lowered(setup, batch, (platform,)).as_text()
-    jax.clear_caches()
     assert "ui16" in for_cpu and "bf16" in text and "ui16" not in text  # bfloat16 is moved as its bits on a CPU alone
 
 
@@ -164,14 +163,15 @@ def test_saved_and_restored_steps_equal_uninterrupted_ones(networks, batch, tmp_
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
 
 
-def test_the_newest_and_the_best_checkpoint_stay(tmp_path):
+def test_the_newest_two_and_the_best_checkpoint_stay(tmp_path):
     store = checkpoint.Checkpoints(tmp_path / "checkpoints")
     for step, score in ((1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1), (5, 0.3)):
         store.save(step, {"x": jnp.arange(3) * step}, score)
     assert (store.latest(), store.best()) == (5, 3)
     np.testing.assert_array_equal(store.restore(3, {"x": jnp.zeros(3, jnp.int32)})["x"], [0, 3, 6])
     store.close()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "5"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "4", "5"]
+    assert sorted(path.name for path in (tmp_path / "checkpoint_sums").iterdir()) == ["3.json", "4.json", "5.json"]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):

@@ -1,0 +1,63 @@
+"""A run that is asked to stop, by SIGTERM or Ctrl-C, does so where nothing is lost."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+
+class Stopped(Exception):
+    """The process was asked to stop."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number, self.kept = number, None  # the signal, and where what was done is kept, if anywhere
+
+
+class Stop:
+    """Whether this process was asked to stop, and whether it may."""
+
+    def __init__(self):
+        self.number = None  # of the first signal that asked
+        self.waits = False  # whether what runs looks for itself whether it is to stop, by `check`
+        self._held = 0
+
+    @contextlib.contextmanager
+    def heard(self):
+        """Has signals heard while it is entered; a Ctrl-C that is not the first signal ends the process at once."""
+
+        def hear(number, frame):
+            if self.number is not None:
+                if number == signal.SIGINT:
+                    os._exit(128 + number)
+                return
+            self.number = number
+            if not self.waits:
+                raise Stopped(number)
+            text = f"\n{signal.Signals(number).name}: stopping where nothing is lost by it; Ctrl-C stops at once\n"
+            os.write(sys.stderr.fileno(), text.encode())  # not print, which this may have interrupted
+
+        if threading.current_thread() is not threading.main_thread():  # no other is told of signals
+            yield
+            return
+        before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Has `check` let pass what is done while it is entered."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def check(self) -> None:
+        """Raises Stopped where the process was asked to stop and may."""
+        if self.number is not None and not self._held:
+            raise Stopped(self.number)

@@ -1,0 +1,122 @@
+"""A run that is asked to stop keeps what it has done, says where, and goes on as if it had not been stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from small_runs import command, load_state, read_lines, start
+
+from metatuner_jax import data, evaluate, rollout
+from metatuner_jax.stopping import Stop
+
+pytestmark = pytest.mark.usefixtures("compiled")
+SETTINGS = ("train.checkpoint_every=4",)  # of 4 steps, with rollouts before the steps 0 and 2
+EXACT = ("step", "loss", "task_loss", "prompt_loss", "grad_norm", "delta_norm")
+
+# In what, when (of its arguments), with how many updates kept.
+MOMENTS = {
+    "before training": (evaluate, "answer_before", lambda *args: True, None),
+    "first rollouts": (rollout, "refresh", lambda *args: args[7] == 0, None),
+    "step": (data, "batch_at", lambda *args: args[0] == 2, 3),
+    "rollouts": (rollout, "refresh", lambda *args: args[7] == 2, 2),
+    "validation": (evaluate, "validate", lambda *args: True, 4),
+    "evaluation": (evaluate, "evaluate", lambda *args: True, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """The folder of a run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert start(command(root, folder, *SETTINGS))[0] == 0
+    return folder
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(moment, whole, root, tmp_path, monkeypatch, capfd):
+    module, name, when, kept = MOMENTS[moment]
+    number = signal.SIGINT if moment == "rollouts" else signal.SIGTERM
+    plain, handlers, folder = getattr(module, name), signal.getsignal(signal.SIGTERM), tmp_path / "run"
+
+    def asked(*args, **more):
+        if when(*args):
+            signal.raise_signal(number)
+        return plain(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, asked)
+        code, _ = start(command(root, folder, *SETTINGS))
+    assert code == 128 + number and signal.getsignal(signal.SIGTERM) is handlers
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"stopped by {number.name}: ") and "nothing was done" in said if kept is None else f"/checkpoints/{kept} has all" in said
+    assert [path.name for path in (folder / "checkpoints").glob("*")] == ([] if kept is None else [str(kept)])
+    assert not (folder / "results.json").exists()
+
+    code, output = start(command(root, folder, *SETTINGS))
+    assert code == 0 and (kept is None or f"resuming at step {kept} of 4" in output)
+    for file in ("experts.jsonl", "predictions.jsonl"):
+        assert (folder / file).read_text() == (whole / file).read_text()
+    metrics, expected = ([[line[key] for key in EXACT] for line in read_lines(at / "metrics.jsonl")] for at in (folder, whole))
+    assert metrics == expected
+    results, expected = (json.loads((at / "results.json").read_text()) for at in (folder, whole))
+    assert all(results[name] == expected[name] for name in ("validation", "after", "adapter", "checkpoint"))
+    jax.tree.map(np.testing.assert_array_equal, load_state(folder, 4), load_state(whole, 4))
+
+
+def test_a_process_that_is_terminated_writes_a_checkpoint_and_says_so(root, tmp_path):
+    folder = tmp_path / "run"
+    arguments = command(root, folder, "train.num_steps=100000", "train.checkpoint_every=100000", "rollout.every=0", "task.num_validation=4")
+    child = subprocess.Popen([sys.executable, "-m", "experiments.run", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(read_lines(folder / "metrics.jsonl")) < 3:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 143
+    done = len(read_lines(folder / "metrics.jsonl"))
+    assert error.splitlines()[-1] == f"stopped by SIGTERM: {folder}/checkpoints/{done} has all that was trained; the same command goes on from it"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(done)]
+
+
+WAITS = """
+import os, signal, time
+from metatuner_jax.stopping import Stop, Stopped
+stop = Stop()
+stop.waits = {waits}
+try:
+    with stop.heard():
+        print("ready", flush=True)
+        time.sleep(60)
+except Stopped as stopped:
+    os._exit(7)
+"""
+
+
+@pytest.mark.parametrize(("waits", "signals", "code"), [(True, 2, 130), (False, 1, 7)])
+def test_the_second_ctrl_c_or_one_with_nothing_to_lose_ends_at_once(waits, signals, code):
+    with subprocess.Popen([sys.executable, "-c", WAITS.format(waits=waits)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "ready\n"
+        for i in range(signals):
+            child.send_signal(signal.SIGINT)
+            if i == 0 and waits:
+                assert child.stderr.readline() == "\n" and child.stderr.readline().startswith("SIGINT: stopping where nothing is lost")
+        assert child.wait(timeout=20) == code
+
+
+def test_other_threads_hear_no_signals():
+    def enter():
+        with Stop().heard():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    found, before = [], signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [before]
