@@ -7,8 +7,8 @@ import sys
 import threading
 
 
-class Stopped(Exception):
-    """The process was asked to stop."""
+class Stopped(BaseException):
+    """The process was asked to stop. No Exception, so that nothing on the way takes it for a failure of its own."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
