@@ -87,8 +87,7 @@ def newest_whole(folder) -> int | None:
 def check(folder, step: int, like) -> None:
     """Raises ValueError where a checkpoint's arrays are not shaped as those of `like`: it belongs to another architecture."""
     place = pathlib.Path(folder).absolute() / str(step)
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(place / "default").item_metadata.tree
+    saved = ocp.StandardCheckpointHandler().metadata(place / "default").tree
     found = {sharding.path_text(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
     wanted = {sharding.path_text(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     for name in [*wanted, *found]:

@@ -1,6 +1,8 @@
 """What goes wrong on a machine costs no more than what was done since the newest good checkpoint."""
 
 import fcntl
+import os
+import random
 import resource
 import shutil
 import signal
@@ -134,3 +136,34 @@ def test_steps_that_are_not_finite_stop_the_run_which_names_them_and_their_rows(
     bad = [line for line in lines if line["bad_steps"]]
 
     assert all(len(line["ids"]) == 4 for line in bad) and not any("ids" in line for line in lines if not line["bad_steps"])
+
+
+KILLS = int(os.environ.get("KILLS", "3"))  # as many as the time allows
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(root, tmp_path):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    steps, seed = 40 + 60 * KILLS, time.time_ns()
+    settings = (f"train.num_steps={steps}", "train.checkpoint_every=4", "rollout.every=8", "hyper.hidden=64")
+    assert start(command(root, whole, *settings))[0] == 0
+    rng, sums = random.Random(seed), lambda: {path.name for path in (folder / "checkpoint_sums").glob("*.json")}
+    print(f"seed {seed}")
+    for _ in range(KILLS):
+        before, deadline = sums(), time.monotonic() + 120
+        arguments = [sys.executable, "-m", "experiments.run", *command(root, folder, *settings)]
+        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+            while not sums() - before:  # so that it gets on
+                assert child.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 1))
+            child.kill()
+        assert child.returncode == -signal.SIGKILL
+    code, output = start(command(root, folder, *settings))
+    assert code == 0 and "resuming at step" in output
+    metrics, expected = (
+        [[line[name] for name in ("step", "loss", "grad_norm", "delta_norm")] for line in read_lines(at / "metrics.jsonl")] for at in (folder, whole)
+    )
+    assert metrics == expected
+    for name in ("before.jsonl", "experts.jsonl", "predictions.jsonl"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+    jax.tree.map(np.testing.assert_array_equal, load_state(folder, steps), load_state(whole, steps))
