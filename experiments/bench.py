@@ -27,6 +27,7 @@ from typing import Any
 from experiments import compare
 from experiments import run as run_lib
 from metatuner_jax import config as config_lib
+from metatuner_jax import files
 from metatuner_jax.config import ModelConfig, projection_widths
 
 _QWEN = {"family": "qwen2", "head_width": 128, "rope_theta": 1e6, "norm_eps": 1e-6, "tied": True, "qkv_bias": True, "max_positions": 32768}
@@ -703,7 +704,7 @@ def main(arguments=None) -> int:
     for which, size in found.get("memory", {}).items():
         print(f"peak memory of the step, {which}: {size / 1e9:.2f} GB")
     print("\n" + "\n".join(f"{name:<18}{value:8.3f}" for name, value in found["ratios"].items()))
-    run_lib.write_json(given.out / "bench.json", found)
+    files.write_json(given.out / "bench.json", found)
     print(f"\nEverything is in {given.out / 'bench.json'}")
     return 0
 

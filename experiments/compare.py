@@ -18,6 +18,7 @@ import time
 
 from experiments import report, run, summary
 from metatuner_jax import config as config_lib
+from metatuner_jax import files
 from metatuner_jax.methods import METHODS
 
 USAGE = f"""usage: python -m experiments.compare --config FILE [--methods A,B] [--seeds 0,1] [--workdir W] [--config.KEY=VALUE ...]
@@ -381,7 +382,7 @@ def work(grid, searches, asked) -> int:
     """Does all that is left; returns the exit code."""
     for folder in filter(None, (grid.workdir, grid.publish)):
         folder.mkdir(parents=True, exist_ok=True)
-        run.write_json(folder / "grid.json", asked)
+        files.write_json(folder / "grid.json", asked)
     short = [one for found in searches.values() for one in found.values()]
     failed = do(short, rest(grid, searches, known=False), grid)
     for name, found in searches.items():
@@ -455,7 +456,7 @@ def last_line(log) -> str:
 def summarise(grid) -> dict:
     """Writes the figures, the tables and the plot of what is done, publishes the plot, and returns the figures."""
     figures = summary.summarise(grid.workdir)
-    run.write_json(grid.workdir / "comparison.json", figures)
+    files.write_json(grid.workdir / "comparison.json", figures)
     (grid.workdir / "table.md").write_text(report.tables(figures) + "\n", encoding="utf-8")
     report.draw(figures, grid.workdir / "comparison.png")
     if grid.publish:

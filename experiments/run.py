@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import methods, stopping, tasks
+from metatuner_jax import files, methods, stopping, tasks
 
 USAGE = """usage: python -m experiments.run --config FILE [--workdir FOLDER] [--config.SECTION.NAME=VALUE ...]
 
@@ -378,7 +378,7 @@ def train_and_evaluate(job, workdir, stop):
         devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
         given, resolved = (dataclasses.asdict(c) for c in (job.given, config))
         content = {"config": given, "resolved": resolved, "versions": versions(), "devices": devices, "data": data.digest(rows)}
-        write_json(workdir / "config.json", content)
+        files.write_json(workdir / "config.json", content)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
     frozen, params = load_networks(setup, tokens, keys["init"], job.mesh)
@@ -409,13 +409,13 @@ def train_and_evaluate(job, workdir, stop):
             progress.line(f"resuming at step {newest} of {sum(phase.steps for phase in planned)}")
         experts.restore(newest or 0)
         pairs.restore(newest or 0)
-        rollout.write_lines(metrics_path, [m for m in rollout.read_lines(metrics_path) if m["step"] < (newest or 0)])
+        files.write_lines(metrics_path, [m for m in files.read_lines(metrics_path) if m["step"] < (newest or 0)])
 
-        logged = rollout.read_lines(metrics_path)
+        logged = files.read_lines(metrics_path)
         began -= logged[-1]["wall_s"] if logged else 0  # what the run took before it was resumed
 
         def log(metrics):
-            rollout.append_lines(metrics_path, [{**metrics, "wall_s": round(time.perf_counter() - began, 1)}])
+            files.append_lines(metrics_path, [{**metrics, "wall_s": round(time.perf_counter() - began, 1)}])
 
         trainer = train.Trainer(passes, keys, rows, experts, pairs, tokens, task.score, checkpoints, log)
         state = trainer.fit(state)
@@ -427,7 +427,7 @@ def train_and_evaluate(job, workdir, stop):
         checkpoints.close()
     for_all = trainer.last_search(state, best)
 
-    logged = rollout.read_lines(metrics_path)
+    logged = files.read_lines(metrics_path)
     validation = next((m["validation"] for m in reversed(logged) if m.get("validation") is not None and m["step"] + 1 == best), None)
     if validation is None or (for_all and for_all != experts.for_all(best)):
         validation = evaluate.validate(passes, state.params, rows["validation"], tokens, task.score, for_all)
@@ -439,7 +439,7 @@ def train_and_evaluate(job, workdir, stop):
         scores, predictions = evaluate.evaluate(
             passes, state.params, rows["test"], rows["train"], tokens, task.score, before, for_all
         )
-        rollout.write_lines(workdir / "predictions.jsonl", predictions)
+        files.write_lines(workdir / "predictions.jsonl", predictions)
         results |= scores
     total = lambda name: sum(m.get(name, 0) for m in logged)
     results |= {
@@ -451,7 +451,7 @@ def train_and_evaluate(job, workdir, stop):
         },
         "dropped": task.dropped,
     }  # fmt: skip
-    write_json(workdir / "results.json", results)
+    files.write_json(workdir / "results.json", results)
     progress.line("\n" + summary(results, predictions[:3] if full else []))
     progress.line(f"\nEverything is in {workdir}")
 
@@ -469,13 +469,13 @@ def keep_compiled():
 
 def score_before(passes, job, workdir):
     """Returns what the bare actor says to the test queries (see `evaluate.answer_before`), from the run folder where it is there."""
-    from metatuner_jax import evaluate, rollout
+    from metatuner_jax import evaluate
 
     path, rows = workdir / "before.jsonl", job.rows["test"]
-    lines = rollout.read_lines(path)
+    lines = files.read_lines(path)
     if [line["id"] for line in lines] != [example.id for example in rows.examples]:
         lines = evaluate.answer_before(passes, rows, job.tokens, job.task.score)
-        rollout.write_lines(path, lines)
+        files.write_lines(path, lines)
     mean = sum(line["score"] for line in lines) / len(lines)
     passes.progress.line(f"before: {100 * mean:.1f}% of {len(lines)} test queries")
     return lines
@@ -595,9 +595,7 @@ def _short(text, width=200):
 
 
 def _first_predictions(workdir):
-    from metatuner_jax import rollout
-
-    return rollout.read_lines(workdir / "predictions.jsonl")[:3]
+    return files.read_lines(workdir / "predictions.jsonl")[:3]
 
 
 def versions() -> dict:
@@ -623,13 +621,6 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (ValueError, OSError) as error:
         raise Mistake(f"{path} cannot be read ({error}): give another --workdir") from None
-
-
-def write_json(path, content):
-    """Replaces a JSON file in one stroke."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from metatuner_jax import sharding
+from metatuner_jax import files, sharding
 
 
 def shapes(tree):
@@ -128,9 +128,7 @@ class Checkpoints:
             path = sums_path(self.folder, step)
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
-                beside = path.with_suffix(".new")
-                beside.write_text(json.dumps(sums_of(self.folder / str(step)), indent=2) + "\n", encoding="utf-8")
-                beside.replace(path)
+                files.write_json(path, sums_of(self.folder / str(step)))
         drop_sums(self.folder)
         self.without_sums = False
 

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from metatuner_jax import data, rollout
+from metatuner_jax import data, files, rollout
 
 
 class Pairs:
@@ -21,15 +21,15 @@ class Pairs:
 
     def add(self, lines: list[dict]) -> None:
         """Appends to the file and takes the pairs."""
-        rollout.append_lines(self.path, lines)
+        files.append_lines(self.path, lines)
         self._take(lines)
 
     def restore(self, step: int) -> None:
         """Reads back what was found before `step` and drops the file's other lines."""
         if not self.path.exists():
             return
-        lines = [line for line in rollout.read_lines(self.path) if line["step"] < step]
-        rollout.write_lines(self.path, lines)
+        lines = [line for line in files.read_lines(self.path) if line["step"] < step]
+        files.write_lines(self.path, lines)
         self.found, self.calls = [], 0
         self._take(lines)
 

@@ -1,13 +1,11 @@
 """Best-of-n prompts: the expert set, its store on disk, and the rollouts that fill it."""
 
-import json
-import os
 import pathlib
 
 import numpy as np
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import data
+from metatuner_jax import data, files
 
 
 class Experts:
@@ -58,13 +56,13 @@ class Experts:
 
     def add(self, attempts: list[dict]) -> None:
         """Appends attempts to the file, and makes the best ones experts."""
-        append_lines(self.path, attempts)
+        files.append_lines(self.path, attempts)
         self._take(attempts)
 
     def restore(self, step: int) -> None:
         """Reads back the attempts of refreshes before `step` and drops the file's other lines."""
-        attempts = [attempt for attempt in read_lines(self.path) if attempt["step"] < step]
-        write_lines(self.path, attempts)
+        attempts = [attempt for attempt in files.read_lines(self.path) if attempt["step"] < step]
+        files.write_lines(self.path, attempts)
         self._clear()
         self._take(attempts)
 
@@ -83,32 +81,6 @@ class Experts:
                 place = self.places[attempt["id"]]
                 (self.tokens[place],), (self.mask[place],) = data.pad([ids], self.tokens.shape[1], "right")
                 self.scores[place] = attempt["score"]
-
-
-def read_lines(path) -> list[dict]:
-    """Returns the objects of a JSON Lines file of ours, none where there is no file; a last line cut short is left out."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
-def append_lines(path, objects) -> None:
-    """Adds lines to a JSON Lines file; they are on disk when this returns."""
-    with pathlib.Path(path).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_lines(path, objects) -> None:
-    """Replaces a JSON Lines file in one stroke: it is whole at any moment."""
-    path = pathlib.Path(path)
-    beside = path.with_name(path.name + ".new")
-    beside.unlink(missing_ok=True)
-    append_lines(beside, objects)
-    beside.replace(path)
 
 
 def best(attempts: list[dict]) -> int:

@@ -15,6 +15,7 @@ import pytest
 
 from experiments import compare, report, run, summary
 from metatuner_jax import config as config_lib
+from metatuner_jax import files
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 METHODS = tuple(config_lib.METHODS)
@@ -48,12 +49,12 @@ class Runs:
         workdir.mkdir(parents=True, exist_ok=True)
         config = run.load_config(path, list(settings.items()))
         content = {"config": dataclasses.asdict(config), "devices": {"kind": "cpu", "platform": "cpu", "count": 1}}
-        run.write_json(workdir / "config.json", content)
+        files.write_json(workdir / "config.json", content)
         if name in self.broken:
             self.broken.remove(name)
             raise KeyboardInterrupt
         made = short_results(config) if settings.get("eval.report") == "validation" else make_results(config.method, config.seed)
-        run.write_json(workdir / "results.json", made)
+        files.write_json(workdir / "results.json", made)
         return 0
 
 
@@ -105,10 +106,10 @@ def read(path):
 def write_run(folder, results, **config):
     """Writes the folder of a finished run."""
     folder.mkdir(parents=True)
-    run.write_json(
+    files.write_json(
         folder / "config.json", {"config": {"train": {"learning_rate": 5e-4}}, "devices": {"kind": "cpu", "count": 1}, **config}
     )
-    run.write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
 
 
 def make_comparison(folder, runs, variants=None, seeds=(0, 1), sweep=None):
@@ -122,7 +123,7 @@ def make_comparison(folder, runs, variants=None, seeds=(0, 1), sweep=None):
         "machines": ["a cpu"],
     }
     folder.mkdir(parents=True)
-    run.write_json(folder / "grid.json", grid)
+    files.write_json(folder / "grid.json", grid)
     for (name, seed), results in runs.items():
         write_run(folder / f"{name}-{seed}", results)
     return folder
@@ -319,9 +320,9 @@ def test_each_run_is_published_as_it_ends(root, runs):
     runs.broken.add("dpo-0")
     arguments = ("--methods=sft,dpo", "--seeds=0", "--rates=1e-3", "--publish=results/mine")
     assert call(*arguments) == 130
-    files = sorted(str(path.relative_to("results/mine")) for path in pathlib.Path("results/mine").rglob("*.*") if path.is_file())
+    found = sorted(str(path.relative_to("results/mine")) for path in pathlib.Path("results/mine").rglob("*.*") if path.is_file())
     searched = [f"search/{name}-0.001/{file}.json" for name in ("dpo", "sft") for file in ("config", "results")]
-    assert files == ["comparison.png", "grid.json", *searched, "sft-0/config.json", "sft-0/results.json"]
+    assert found == ["comparison.png", "grid.json", *searched, "sft-0/config.json", "sft-0/results.json"]
     for name in ("config.json", "results.json"):
         assert pathlib.Path("results/mine/sft-0", name).read_bytes() == pathlib.Path("work/sft-0", name).read_bytes()
 
@@ -345,7 +346,7 @@ def test_another_runs_results_are_never_replaced(root, runs, capfd):
         error, "--publish=results/mine: --publish=results/mine/sft-0 holds another run: train.num_steps=100 there, 9 here"
     )
     results = read("work/sft-0/results.json")
-    run.write_json(root / "work" / "sft-0" / "results.json", {**results, "wall_s": 1.0})
+    files.write_json(root / "work" / "sft-0" / "results.json", {**results, "wall_s": 1.0})
     assert compare.main([*arguments, "--workdir=work"]) == 2
     assert_one_line(capfd.readouterr().err, "results/mine/sft-0/results.json is of another run", "delete one of the two")
     assert pathlib.Path("results/mine/sft-0/results.json").read_bytes() == before

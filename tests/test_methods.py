@@ -12,7 +12,7 @@ from conftest import ACTOR, END, GENERATOR, make_setup, randomise, scores_of
 from test_evaluate import Numbers, make_rows
 
 from experiments import run
-from metatuner_jax import config, generator, lora, losses, methods, preference, rollout, search, train
+from metatuner_jax import config, files, generator, lora, losses, methods, preference, rollout, search, train
 from metatuner_jax.methods import METHODS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "experiments" / "configs"
@@ -334,7 +334,7 @@ def test_a_search_takes_the_prompt_that_is_right_most_often(tmp_path):
     assert experts.for_all() == [13, 4, END] and found["rollout_changed"] == 1
     assert found["rollout_score"] == pytest.approx(4 / 6)  # queries 0 to 3 ask for no more than 13
     assert found["rollout_attempts"] == passes.calls == 5 * 6  # the initial prompt and four proposals
-    lines = rollout.read_lines(tmp_path / "experts.jsonl")
+    lines = files.read_lines(tmp_path / "experts.jsonl")
     assert len(lines) == 31 and [line["prompt"] for line in lines if line["id"] is None] == ["13 4"]
     assert list(experts.tokens_of(2)[0][:3]) == [13, 4, END]
     again = make_experts(tmp_path, rows)
@@ -396,7 +396,7 @@ def test_a_budget_ends_rollouts_and_an_actor_that_does_not_change_is_not_asked_t
     first = refresh(0)
     assert first["rollout_attempts"] == 9 == passes.calls == experts.calls and first["rollout_initial_share"] == 0
     assert refresh(2)["rollout_attempts"] == 0 and passes.calls == 9  # the same prompts: their answers are known
-    assert [bool(line.get("known")) for line in rollout.read_lines(tmp_path / "experts.jsonl")] == [False] * 9 + [True] * 6
+    assert [bool(line.get("known")) for line in files.read_lines(tmp_path / "experts.jsonl")] == [False] * 9 + [True] * 6
     assert experts.summary() == {"expert_size": 3, "expert_score": 1.0}
     experts.calls = 18  # two answers are left, and a query takes three
     found = refresh(4)
@@ -421,7 +421,7 @@ def test_pairs_are_a_right_and_a_wrong_answer(tmp_path):
     again = preference.Pairs(tmp_path / "pairs.jsonl", [e.id for e in rows.examples], 4)
     again.restore(1)
     assert again.found == pairs.found and again.calls == 6
-    assert [[s["score"] for s in line["samples"]] for line in rollout.read_lines(tmp_path / "pairs.jsonl")].count([1.0, 0.0]) == 2
+    assert [[s["score"] for s in line["samples"]] for line in files.read_lines(tmp_path / "pairs.jsonl")].count([1.0, 0.0]) == 2
     batch = again.batch_at(0, rows, experts, 2, 0)
     assert batch["chosen"].tolist() == [[20, END, 0, 0]] * 2 and batch["rejected"].tolist() == [[3, END, 0, 0]] * 2
     assert {int(np.argmax(np.all(rows.query == query, axis=1))) for query in batch["query"]} == {0, 1}

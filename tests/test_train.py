@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ACTOR, END, GENERATOR, make_setup
 
-from metatuner_jax import checkpoint, data, generator, losses, rollout, sharding, train, transformer
+from metatuner_jax import checkpoint, data, files, generator, losses, rollout, sharding, train, transformer
 from metatuner_jax.config import MeshConfig
 
 
@@ -327,13 +327,13 @@ def test_the_expert_store_survives_a_restart_and_drops_what_came_later(tmp_path)
     again.restore(step=4)  # a checkpoint of 4 updates was made before the refresh at step 4
     tokens, mask = again.tokens_of(np.array([0, 1, 2]))
     assert [list(t[m]) for t, m in zip(tokens, mask)] == [[9, 8, END], [5, END], [5, END]]
-    assert [line["step"] for line in rollout.read_lines(tmp_path / "experts.jsonl")] == [0, 0, 0]
+    assert [line["step"] for line in files.read_lines(tmp_path / "experts.jsonl")] == [0, 0, 0]
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     path = tmp_path / "experts.jsonl"
     path.write_text(json.dumps(record(0, "x", [9, END], True)) + "\n" + '{"step": 0, "id": "y", "pro')
-    assert [line["id"] for line in rollout.read_lines(path)] == ["x"]
+    assert [line["id"] for line in files.read_lines(path)] == ["x"]
 
 
 def test_refreshes_take_queries_of_the_coming_steps():
