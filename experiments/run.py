@@ -60,8 +60,8 @@ def run(argv, stop) -> int:
         try:
             path, workdir, assignments = parse(argv)
             config = load_config(path, assignments)
-            saved = check_workdir(config, workdir)
-            if saved is not None and (workdir / "results.json").exists():
+            saved = check_workdir(config, workdir, goes_on=True)
+            if saved is not None and finished(workdir, saved, config):
                 print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
                 print(summary(read_json(workdir / "results.json"), _first_predictions(workdir)))
                 return 0
@@ -69,7 +69,7 @@ def run(argv, stop) -> int:
                 folder.enter_context(held(workdir))
             job = prepare(config, saved and saved.get("resolved", {}).get("dtype"))
             if saved is not None:
-                check_saved(job, workdir, saved)
+                job.checkpoints = check_saved(job, workdir, saved)
             else:
                 folder.enter_context(held(workdir))
                 if (workdir / "config.json").exists():
@@ -78,15 +78,19 @@ def run(argv, stop) -> int:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
             return 2
         from metatuner_jax import checkpoint
+        from metatuner_jax.progress import Progress
 
+        progress = Progress(stop=stop, log=workdir / "run.log")
         try:
-            train_and_evaluate(job, workdir, stop)
+            train_and_evaluate(job, workdir, progress)
         except stopping.Stopped as stopped:
             steps = checkpoint.steps_in(workdir / "checkpoints")
             stopped.kept = f"{workdir}/checkpoints/{steps[-1]} has all that was trained; the same command goes on from it" if steps else None
+            progress.note(f"stopped by {stopped}")
             raise
         except (RuntimeError, ValueError, OSError) as error:
             print(f"failed: {error}", file=sys.stderr)
+            progress.note(f"failed: {error}")
             return 1
     return 0
 
@@ -193,10 +197,15 @@ class Job:
     lengths: Any  # data.Lengths
     too_long: dict  # split name -> (queries, answers) above the limits
     mesh: Any
+    checkpoints: dict = dataclasses.field(default_factory=dict)  # step -> what is wrong with it, None where nothing is
 
 
-def check_workdir(config, workdir):
-    """Returns the content of the folder's config.json, None where there is none; raises Mistake where the folder is not this run's."""
+def check_workdir(config, workdir, goes_on=False):
+    """Returns the content of the folder's config.json, None where there is none; raises Mistake where the folder is not this run's.
+
+    Args:
+      goes_on: whether it may have been begun with other settings of those that a run may go on with.
+    """
     existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not existing.is_dir():
         raise Mistake(f"--workdir={workdir}: {existing} is a file: name a folder")
@@ -204,9 +213,10 @@ def check_workdir(config, workdir):
     if saved is not None:
         if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
             raise Mistake(f"--workdir={workdir} has a config.json that no run of ours wrote; give another --workdir")
-        differing = differences(with_newer_settings(saved["config"]), plain(config))
-        if differing:
-            raise Mistake(f"--workdir={workdir} holds another run: {'; '.join(differing[:4])}; give another --workdir")
+        changed = differences(with_newer_settings(saved["config"]), plain(config))
+        texts = [f"{key}={a} there, {b} here" for key, a, b in changed if not (goes_on and config_lib.may_change(config.method, key, a, b))]
+        if texts:
+            raise Mistake(f"--workdir={workdir} holds another run: {'; '.join(texts[:4])}; give another --workdir")
         if (workdir / "results.json").exists():
             return saved
     for name in ("checkpoints", "before.jsonl", "metrics.jsonl", "experts.jsonl", "pairs.jsonl", "predictions.jsonl", "results.json"):
@@ -273,15 +283,21 @@ def prepare(config, dtype=None) -> Job:
 
 
 def check_saved(job, workdir, saved):
-    """Raises Mistake or ValueError where a run that was begun in the folder cannot go on with this data and these models."""
-    from metatuner_jax import data
+    """Returns what is wrong with each of its checkpoints (see `checkpoint.problems`) of a run that was begun in the folder.
+
+    Raises Mistake or ValueError where it cannot go on with this data and these models.
+    """
+    from metatuner_jax import checkpoint, data
 
     found = data.digest(job.rows)
     changed = [name for name in found if saved.get("data", {}).get(name) != found[name]]
     if changed:
         raise Mistake(f"--workdir={workdir} was begun with other data: {', '.join(changed)} changed since; give another --workdir")
-    if (workdir / "checkpoints").exists():
-        check_checkpoint(job.setup, workdir)
+    problems = checkpoint.problems(workdir / "checkpoints")
+    good = [step for step, wrong in problems.items() if not wrong]
+    if good:
+        check_checkpoint(job.setup, workdir, good[-1])
+    return problems
 
 
 def of_model(config, role, read):
@@ -293,8 +309,8 @@ def of_model(config, role, read):
         raise Mistake(f"{role}.model={name!r} cannot be used: {error}") from None
 
 
-def check_checkpoint(setup, workdir):
-    """Raises ValueError where the newest checkpoint of the folder is of another architecture, from shapes alone."""
+def check_checkpoint(setup, workdir, step):
+    """Raises ValueError where a checkpoint of the folder is of another architecture, from shapes alone."""
     import jax
 
     from metatuner_jax import checkpoint, generator, train, transformer
@@ -307,10 +323,8 @@ def check_checkpoint(setup, workdir):
         same = config.generator.model == config.actor.model and config.generator.train == "lora"
         return train.init_state(setup, generator.init(setup, base, key, base if same else transformer.init(setup.actor, key)))
 
-    newest = checkpoint.newest_whole(workdir / "checkpoints")
-    if newest is not None:
-        like = train.rest(jax.eval_shape(init, jax.random.key(0)), train.phases(setup), newest)
-        checkpoint.check(workdir / "checkpoints", newest, like)
+    like = train.rest(jax.eval_shape(init, jax.random.key(0)), train.phases(setup), step)
+    checkpoint.check(workdir / "checkpoints", step, like)
 
 
 def check_lengths(config, generator, actor, lengths, prefix_tokens):
@@ -346,39 +360,40 @@ def with_newer_settings(saved):
 
 
 def differences(old, new, path=""):
-    """Returns `key=there, here: value` for each leaf in which two resolved configs differ."""
+    """Returns (dotted key, old value, new value) of each leaf in which two configs differ."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key, "missing"), new.get(key, "missing")
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{path}{key}.")
         elif a != b:
-            found.append(f"{path}{key}={a} there, {b} here")
+            found.append((f"{path}{key}", a, b))
     return found
+
+
+def finished(workdir, saved, config):
+    """Returns whether the run in a folder has its results and is given no more steps than it had."""
+    return (workdir / "results.json").exists() and config.train.num_steps <= saved["config"]["train"]["num_steps"]
 
 
 # --- the run ---
 
 
-def train_and_evaluate(job, workdir, stop):
+def train_and_evaluate(job, workdir, progress):
     """Does the whole run in its folder."""
     import jax
     import numpy as np
 
-    from metatuner_jax import checkpoint, data, evaluate, preference, rollout, sharding, train
+    from metatuner_jax import checkpoint, evaluate, preference, rollout, sharding, train
     from metatuner_jax.passes import Passes
-    from metatuner_jax.progress import Progress
 
     began = time.perf_counter()
     keep_compiled()
-    progress, stop.waits = Progress(stop=stop), True
+    progress.stop.waits = True
+    progress.now("start")
     setup, config, task, tokens, rows = job.setup, job.setup.config, job.task, job.tokens, job.rows
     introduce(progress, job)
-    if not (workdir / "config.json").exists():
-        devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
-        given, resolved = (dataclasses.asdict(c) for c in (job.given, config))
-        content = {"config": given, "resolved": resolved, "versions": versions(), "devices": devices, "data": data.digest(rows)}
-        files.write_json(workdir / "config.json", content)
+    write_config(job, workdir, progress)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
     frozen, params = load_networks(setup, tokens, keys["init"], job.mesh)
@@ -391,15 +406,17 @@ def train_and_evaluate(job, workdir, stop):
     passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress)
     del frozen  # the passes hold the weights, which a warm-up replaces
     full = config.eval.report == "test"
+    progress.now("evaluation")
     before = score_before(passes, job, workdir) if full else None  # first of all: a warm-up changes the actor
 
     ids = [example.id for example in rows["train"].examples]
     keeps = setup.method.adapter is None and not config.warmup.actor_steps
     experts = rollout.Experts(workdir / "experts.jsonl", ids, rows["train"].initial, rows["train"].initial_mask, keeps)
     pairs = preference.Pairs(workdir / "pairs.jsonl", ids, config.actor.max_answer_tokens)
-    for line in checkpoint.set_aside(workdir / "checkpoints"):
+    for line in checkpoint.set_aside(workdir / "checkpoints", job.checkpoints):
         progress.line(f"note: {line}")
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+    sound = (step for step, wrong in job.checkpoints.items() if not wrong)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, sound, progress.note)
     metrics_path = workdir / "metrics.jsonl"
     try:
         newest = checkpoints.latest()
@@ -426,7 +443,7 @@ def train_and_evaluate(job, workdir, stop):
     finally:
         checkpoints.close()
     for_all = trainer.last_search(state, best)
-
+    progress.now("evaluation")
     logged = files.read_lines(metrics_path)
     validation = next((m["validation"] for m in reversed(logged) if m.get("validation") is not None and m["step"] + 1 == best), None)
     if validation is None or (for_all and for_all != experts.for_all(best)):
@@ -441,7 +458,7 @@ def train_and_evaluate(job, workdir, stop):
         )
         files.write_lines(workdir / "predictions.jsonl", predictions)
         results |= scores
-    total = lambda name: sum(m.get(name, 0) for m in logged)
+    total = lambda name: sum(m.get(name, 0) * (m.get("steps", 1) if name in ("step_s", "tokens") else 1) for m in logged)
     results |= {
         "steps": config.train.num_steps if setup.method.learns else 0, "checkpoint": int(np.asarray(state.step)),
         "wall_s": round(time.perf_counter() - began, 1), "train_s": round(total("step_s"), 1), "rollout_s": round(total("rollout_s"), 1),
@@ -454,6 +471,35 @@ def train_and_evaluate(job, workdir, stop):
     files.write_json(workdir / "results.json", results)
     progress.line("\n" + summary(results, predictions[:3] if full else []))
     progress.line(f"\nEverything is in {workdir}")
+
+
+def write_config(job, workdir, progress):
+    """Writes config.json of a new run; of one that goes on with other settings, says which and puts them in, and sets old results aside."""
+    import jax
+
+    from metatuner_jax import data
+
+    path, config = workdir / "config.json", plain(job.given)
+    content, history = read_json(path), []
+    if content is not None:
+        changed = differences(with_newer_settings(content["config"]), config)
+        if not changed:
+            return
+        progress.line("note: going on with other settings: " + ", ".join(f"{key}={new} (was {old})" for key, old, new in changed))
+        history = [*content.get("changes", []), {key: [old, new] for key, old, new in changed}]
+        results = read_json(workdir / "results.json")
+        if results is not None:
+            for name in ("results.json", "predictions.jsonl"):  # without results a run is one that goes on, whatever else is there
+                old = workdir / name
+                if old.exists():
+                    old.rename(old.with_stem(f"{old.stem}-{results['steps']}"))
+            progress.line(f"note: the results after {results['steps']} steps are in {workdir}/results-{results['steps']}.json")
+    devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
+    content = {
+        "config": config, "resolved": plain(job.setup.config), "versions": versions(), "devices": devices, "data": data.digest(job.rows),
+        **({"changes": history} if history else {}),
+    }  # fmt: skip
+    files.write_json(path, content)
 
 
 def keep_compiled():

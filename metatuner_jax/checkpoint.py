@@ -56,11 +56,19 @@ def problem(folder, step: int) -> str | None:
     return next((f"{name} is not as it was written" for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)), None)
 
 
-def set_aside(folder) -> list[str]:
-    """Moves the checkpoints that are not as they were written to a folder beside. Returns a line about each."""
+def problems(folder) -> dict[int, str | None]:
+    """Returns `problem` of every checkpoint in a folder, by its step."""
+    return {step: problem(folder, step) for step in steps_in(folder)}
+
+
+def set_aside(folder, found: dict[int, str | None]) -> list[str]:
+    """Moves the checkpoints that have problems to a folder beside. Returns a line about each.
+
+    Args:
+      found: what `problems` returned.
+    """
     folder, lines = pathlib.Path(folder), []
-    for step in steps_in(folder):
-        wrong = problem(folder, step)
+    for step, wrong in found.items():
         if wrong:
             aside = folder.with_name("bad_checkpoints")
             aside.mkdir(exist_ok=True)
@@ -77,11 +85,6 @@ def drop_sums(folder) -> None:
     for path in sums_path(folder, 0).parent.glob("*.json"):
         if int(path.stem) not in steps:
             path.unlink()
-
-
-def newest_whole(folder) -> int | None:
-    """Returns the step of the newest checkpoint that is as it was written, None where there is none."""
-    return next((step for step in reversed(steps_in(folder)) if not problem(folder, step)), None)
 
 
 def check(folder, step: int, like) -> None:
@@ -101,10 +104,17 @@ def check(folder, step: int, like) -> None:
 class Checkpoints:
     """Checkpoints of a run folder, named by the number of updates done."""
 
-    def __init__(self, folder):
-        self.folder = pathlib.Path(folder).absolute()
+    def __init__(self, folder, keep: int = 2, sound=(), say=lambda text: None):
+        """Opens a folder, which need not be there.
+
+        Args:
+          keep: newest checkpoints that are kept; the best one is in any case.
+          sound: steps of checkpoints that are known to be as they were written.
+          say: takes a line when a checkpoint is begun and when it is whole.
+        """
+        self.folder, self.sound, self.say = pathlib.Path(folder).absolute(), set(sound), say
         policies = [
-            checkpoint_managers.LatestN(2),  # so that there is one where the newest turns out to be no good
+            checkpoint_managers.LatestN(keep),
             # Of equal scores the later one counts as better: it has seen more.
             checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics["validation"] + 1e-9 * metrics["step"], n=1),
         ]
@@ -129,6 +139,7 @@ class Checkpoints:
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 files.write_json(path, sums_of(self.folder / str(step)))
+                self.say(f"checkpoint {step} is whole")
         drop_sums(self.folder)
         self.without_sums = False
 
@@ -145,13 +156,14 @@ class Checkpoints:
         self.manager.wait_until_finished()
         self.tend()
         self.without_sums = True
+        self.say(f"checkpoint {step} is being written")
         self.manager.save(step, args=ocp.args.StandardSave(state), metrics={"validation": validation, "step": step})
 
     def restore(self, step: int, like):
         """Returns the state of a checkpoint, placed as `like` is. Raises what `check` does, and RuntimeError where it was damaged."""
         self.manager.wait_until_finished()
         self.tend()
-        wrong = problem(self.folder, step)
+        wrong = None if step in self.sound else problem(self.folder, step)
         if wrong:
             raise RuntimeError(f"the checkpoint of step {step} is no good: {wrong}; the same command sets it aside and goes on from another")
         check(self.folder, step, like)

@@ -92,6 +92,8 @@ class TrainConfig:
     sync_every: int = _field(10, "steps between copies of the prompt decoder into its frozen copy")
     alternate_every: int = _field(10, "metatuner_i: steps of one term before the other's turn")
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
+    keep_checkpoints: int = _field(2, "newest checkpoints that are kept, beside the best one; with 1 there is none to fall back on if it is damaged")
+    log_every: int = _field(1, "steps to a line of metrics.jsonl; those with rollouts, a checkpoint or a loss that is not finite have one in any case")
     remat: str = _field("products", "what the backward pass makes again: 'none'; all but large matrix 'products'; 'all' of a layer, for the least memory")
     diagnose_every: int = _field(50, "steps to the first and between measurements of each term's share of the gradient, a backward pass more; 0: never")
     max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
@@ -213,6 +215,23 @@ def make(**settings) -> Config:
     return dataclasses.replace(base, **{name: changed(name, value) for name, value in settings.items()})
 
 
+# With these a run may go on otherwise than it was begun: they change how it is done, not what comes of it (but for rounding).
+MAY_CHANGE = (
+    "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.diagnose_every", "train.max_bad_steps", "train.remat",
+    "eval.batch_size", "eval.num_bootstrap", "data.buckets", "mesh.data", "mesh.fsdp", "mesh.tensor",
+)  # fmt: skip
+
+
+def may_change(method: str, key: str, old, new) -> bool:
+    """Returns whether a run that was begun with the old value of a setting may go on with the new one; more steps are such a change.
+
+    dpo's are not: they move the step at which its pairs take over.
+    """
+    if key == "train.num_steps":
+        return method != "dpo" and isinstance(old, int) and new > old
+    return key in MAY_CHANGE
+
+
 # --- checks that need no model ---
 
 
@@ -239,7 +258,7 @@ def check(config: Config) -> None:
         "generator": ("rank", "max_query_tokens", "max_prompt_tokens"),
         "actor": ("max_answer_tokens",),
         "hyper": ("rank", "hidden"),
-        "train": ("num_steps", "batch_size", "sync_every", "alternate_every", "checkpoint_every", "max_bad_steps"),
+        "train": ("num_steps", "batch_size", "sync_every", "alternate_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps"),
         "warmup": ("rank",),
         "rollout": ("num_queries", "num_prompts", "budget", "search_rounds", "search_prompts"),
         "preference": ("num_samples",),

@@ -1,6 +1,8 @@
-"""What a run says while it works: bars in a terminal, plain lines elsewhere."""
+"""What a run says while it works: bars in a terminal, plain lines elsewhere, and a log of when it did what."""
 
 import contextlib
+import datetime
+import pathlib
 import shutil
 import sys
 import time
@@ -13,8 +15,10 @@ from metatuner_jax.stopping import Stop
 class Progress:
     """Lines on standard output, and progress of what takes longer than a few seconds, which ends where the process is to stop."""
 
-    def __init__(self, stream=None, every_s: float = 20.0, stop: Stop | None = None):
-        self.stream, self.stop = stream or sys.stdout, stop or Stop()
+    def __init__(self, stream=None, every_s: float = 20.0, stop: Stop | None = None, log=None):
+        """Takes the file of the log, if there is to be one, which lines are added to."""
+        self.stream, self.stop, self.log = stream or sys.stdout, stop or Stop(), log and pathlib.Path(log)
+        self.doing = None
         self.terminal = self.stream.isatty()
         self.every_s = every_s  # between plain lines about the same work
 
@@ -24,6 +28,20 @@ class Progress:
             tqdm.tqdm.write(text, file=self.stream)
         else:
             print(text, file=self.stream, flush=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Adds text to the log alone, its lines with the time before them. A log that cannot be written ends no run."""
+        if self.log:
+            now = datetime.datetime.now().isoformat(" ", "milliseconds")
+            with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{now} {line.strip()}\n" for line in text.splitlines() if line.strip()))
+
+    def now(self, what: str) -> None:
+        """Notes what is done from here on, where that is another thing than before: the last such note tells where a run ended."""
+        if what != self.doing:
+            self.doing = what
+            self.note(f"now: {what}")
 
     @contextlib.contextmanager
     def task(self, what: str, total: int, first: int = 0):

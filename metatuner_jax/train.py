@@ -148,8 +148,11 @@ def init_state(setup, params: dict) -> TrainState:
 
 
 def rest(state: TrainState, planned: list[Phase], step: int) -> TrainState:
-    """Returns the state, as of `step`, without the moments of parts that no coming step teaches: an actor warmed up in full has large ones."""
-    coming = {part for phase in planned if step < phase.first + phase.steps for part in phase.parts}
+    """Returns the state, as of `step`, without the moments of parts that no coming step teaches: an actor warmed up in full has large ones.
+
+    After the last step those of its phase are there yet, as the run may be given more steps.
+    """
+    coming = {part for phase in planned if step < phase.first + phase.steps or phase is planned[-1] for part in phase.parts}
     return state.replace(opt_state={part: tree if part in coming else {} for part, tree in state.opt_state.items()})
 
 
@@ -293,6 +296,7 @@ class Trainer:
         self.state, self.saved = None, None  # while `fit` runs: the newest state, and the step of the newest checkpoint
         self.compiled, self.share = {}, None  # steps by phase and turn, and the measurement of both terms' gradients
         self.searched = None  # the prompt for all rows that the newest search of this process settled on
+        self.unlogged = []  # the lines of steps since the newest one that was logged
 
     def fit(self, state: TrainState) -> TrainState:
         """Trains from `state.step` to the last step: rollouts, steps, validation and checkpoints. Returns the last state.
@@ -306,6 +310,7 @@ class Trainer:
             return self._fit(state)
         except stopping.Stopped:
             step = int(self.state.step)
+            self.write_log()
             if step != self.saved:
                 self.checkpoints.save(step, rest(self.state, self.phases, step), NOT_VALIDATED)
             raise
@@ -340,6 +345,7 @@ class Trainer:
           advance: as `Progress.task` yields it.
         """
         config, progress, turn = self.config, self.passes.progress, phase.turn_at(step)
+        progress.now("steps")
         start = time.perf_counter()
         if (phase.name, turn) not in self.compiled:
             self.compiled[phase.name, turn] = make_train_step(phase.turns[turn][0], config.train, phase, phase.turns[turn][1])
@@ -363,7 +369,9 @@ class Trainer:
         saves = last or (step + 1 - phase.first) % config.train.checkpoint_every == 0
         if saves and phase.name == "joint":
             metrics["validation"] = self.validate(state)
-        self.log({"step": step, **_rounded(metrics)})
+        self.unlogged.append({"step": step, **metrics})
+        if saves or metrics["bad_steps"] or "rollout_s" in extra or (step + 1 - phase.first) % config.train.log_every == 0:
+            self.write_log()
         self.checkpoints.tend()
         if metrics["bad_steps"] >= config.train.max_bad_steps:
             raise RuntimeError(
@@ -378,6 +386,16 @@ class Trainer:
             self.checkpoints.save(step + 1, rest(state, self.phases, step + 1), score)
             self.saved = step + 1
         return state
+
+    def write_log(self) -> None:
+        """Logs the steps that are not yet, in one line: the last one's, its time and tokens the means of all."""
+        lines, self.unlogged = self.unlogged, []
+        if not lines:
+            return
+        line, seconds, tokens = lines[-1], sum(line["step_s"] for line in lines), sum(line["tokens"] for line in lines)
+        if len(lines) > 1:
+            line |= {"steps": len(lines), "step_s": seconds / len(lines), "tokens": tokens / len(lines), "tokens_per_s": tokens / seconds}
+        self.log(_rounded(line))
 
     def enter(self, step: int, state: TrainState) -> None:
         """Puts the warmed-up actor in its place where the actor's warm-up is over, at `step` or before."""
@@ -403,6 +421,7 @@ class Trainer:
 
     def validate(self, state: TrainState) -> dict:
         """Returns what `evaluate.validate` finds on the validation rows."""
+        self.passes.progress.now("evaluation")
         return evaluate.validate(self.passes, state.params, self.rows["validation"], self.tokens, self.score, self.experts.for_all())
 
     def last_search(self, state: TrainState, best: int | None) -> list[int] | None:
@@ -438,6 +457,7 @@ class Trainer:
         Args:
           best: a search starts from the best prompt as of this step; None: of all.
         """
+        self.passes.progress.now("rollouts")
         tokens = self.passes.tokens
         start, phase = time.perf_counter(), phase_at(self.phases, step) if self.phases else None
         key = jax.random.fold_in(self.keys["rollout"], step)

@@ -3,7 +3,12 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
+import time
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments import run
@@ -36,6 +41,47 @@ def start(arguments):
 
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def child(arguments):
+    """Yields the process of a run of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(process, condition, every_s=0.01):
+    """Returns when condition() holds, while the process runs."""
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(every_s)
+
+
+def assert_same(folder, whole):
+    """Compares all that two runs have come to, bit for bit, but for how long it took."""
+    lines = ([{k: v for k, v in line.items() if not k.endswith("_s")} for line in read_lines(at / "metrics.jsonl")] for at in (folder, whole))
+    for here, there in zip(*lines, strict=True):
+        assert here == there
+    for name in ("before.jsonl", "experts.jsonl", "pairs.jsonl", "predictions.jsonl"):
+        here, there = (path.read_text() if (path := at / name).exists() else None for at in (folder, whole))
+        assert here == there, name
+    here, there = (json.loads((at / "results.json").read_text()) for at in (folder, whole))
+    for results in (here, there):
+        for name in ("train_s", "rollout_s", "wall_s"):
+            del results[name]
+        del results["cost"]["seconds"]
+    assert here == there
+    last = max(int(path.name) for path in (whole / "checkpoints").iterdir())
+    here, there = (load_state(at, last) for at in (folder, whole))
+    assert jax.tree.structure(here) == jax.tree.structure(there)
+    jax.tree.map(np.testing.assert_array_equal, here, there)
 
 
 def load_state(folder, step):

@@ -1,22 +1,22 @@
 """What goes wrong on a machine costs no more than what was done since the newest good checkpoint."""
 
+import collections
 import fcntl
+import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import command, load_state, read_lines, start
+from small_runs import assert_same, child, command, read_lines, start, wait_for
 
-from metatuner_jax import evaluate, losses
+from metatuner_jax import checkpoint, evaluate, losses
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -65,8 +65,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_goes_on(
     assert code == 0 and "resuming at step 2 of 4" in output
     assert f"note: the checkpoint of step 4 is no good and was moved to {folder}/bad_checkpoints/4: " in output
     assert (folder / "bad_checkpoints" / "4").is_dir()
-    assert (folder / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
-    jax.tree.map(np.testing.assert_array_equal, load_state(folder, 4), load_state(whole, 4))
+    assert_same(folder, whole)
 
 
 def test_where_no_checkpoint_is_good_the_run_begins_again(runs, root, tmp_path):
@@ -77,7 +76,7 @@ def test_where_no_checkpoint_is_good_the_run_begins_again(runs, root, tmp_path):
         flip(folder / "checkpoints" / step)
     code, output = start(command(root, folder))
     assert code == 0 and output.count(" is no good and was moved to ") == 2 and "resuming" not in output
-    assert (folder / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    assert_same(folder, whole)
 
 
 def test_checkpoints_of_a_version_without_sums_are_taken_as_they_are(runs, root, tmp_path):
@@ -106,18 +105,72 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(root, tmp_
     folder = tmp_path / "run"
     settings = ("train.num_steps=400", "train.checkpoint_every=40", "rollout.every=0", "hyper.hidden=40", "eval.report=validation")
     arguments = command(root, folder, *settings)
-    child = subprocess.Popen([sys.executable, "-m", "experiments.run", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint_sums" / "40.json").exists():
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
-    _, error = child.communicate(timeout=120)
-    assert child.returncode == 1 and error.splitlines()[-1].startswith("failed: ")
+    with child(arguments) as process:
+        wait_for(process, (folder / "checkpoint_sums" / "40.json").exists)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 1 and error.splitlines()[-1].startswith("failed: ")
     good = [int(path.stem) for path in (folder / "checkpoint_sums").iterdir()]
     assert good and max(good) < 400
     code, output = start(arguments)
     assert code == 0 and f"resuming at step {max(good)} of 400" in output
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_run_may_be_given_more_steps(stopped, runs, root, tmp_path):
+    """With a constant rate, as many steps in two runs as in one come to the same."""
+    constant, more = ("train.decay=constant",), ("train.decay=constant", "train.num_steps=6")
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    assert start(command(root, whole, *more))[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        if stopped:
+            plain = evaluate.evaluate
+            patch.setattr(evaluate, "evaluate", lambda *args: (signal.raise_signal(signal.SIGTERM), plain(*args)))
+        assert start(command(root, folder, *constant))[0] == (143 if stopped else 0)
+    earlier = None if stopped else (folder / "results.json").read_text()
+    code, output = start(command(root, folder, *more))
+    assert code == 0 and "note: going on with other settings: train.num_steps=6 (was 4)" in output and "resuming at step 4 of 6" in output
+    assert_same(folder, whole)
+    assert json.loads((folder / "config.json").read_text())["changes"] == [{"train.num_steps": [4, 6]}]
+    if not stopped:
+        assert (folder / "results-4.json").read_text() == earlier and (folder / "predictions-4.jsonl").exists()
+        assert f"the results after 4 steps are in {folder}/results-4.json" in output
+
+
+def test_a_run_goes_on_with_settings_that_do_not_matter_and_says_which(runs, root, tmp_path, capfd):
+    whole, folder = runs[0], tmp_path / "run"
+    shutil.copytree(runs[1], folder)
+    changes = ("train.keep_checkpoints=1", "train.checkpoint_every=3", "train.remat=all", "eval.num_bootstrap=50", "eval.batch_size=4")
+    code, output = start(command(root, folder, *changes))
+    assert code == 0 and "resuming at step 4 of 4" in output
+    for text in ("train.keep_checkpoints=1 (was 2)", "train.checkpoint_every=3 (was 2)", "train.remat=all (was products)"):
+        assert text in output
+    assert (folder / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    assert start(command(root, folder, *changes, "train.num_steps=3"))[0] == 2
+    assert "train.num_steps=4 there, 3 here; give another" in capfd.readouterr().err
+    assert start(command(root, folder, *changes, "seed=1"))[0] == 2
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for_and_the_best(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=3)
+    for step, validation in enumerate((0.1, 0.5, 0.2, 0.3, 0.1, 0.2)):
+        checkpoints.save(step, {"step": jnp.int32(step)}, validation)
+    checkpoints.close()
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == [1, 3, 4, 5]
+    assert sorted(path.stem for path in (tmp_path / "checkpoint_sums").iterdir()) == ["1", "3", "4", "5"]
+
+
+def test_a_line_of_the_log_stands_for_the_steps_since_the_one_before(root, tmp_path):
+    every, folder = tmp_path / "every", tmp_path / "run"
+    settings = ("train.num_steps=7", "train.checkpoint_every=5", "rollout.every=0", "eval.report=validation")
+    for at, more in ((every, ()), (folder, ("train.log_every=3",))):
+        assert start(command(root, at, *settings, *more))[0] == 0
+    lines, others = read_lines(folder / "metrics.jsonl"), read_lines(every / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 5, 6] and [line.get("steps", 1) for line in lines] == [3, 2, 1, 1]
+    assert [line["loss"] for line in lines] == [others[line["step"]]["loss"] for line in lines]
+    assert lines[0]["tokens"] == pytest.approx(np.mean([line["tokens"] for line in others[:3]]), rel=1e-5)
+    tokens = [json.loads((at / "results.json").read_text())["cost"]["tokens"] for at in (folder, every)]
+    assert tokens[0] == pytest.approx(tokens[1], abs=2)
 
 
 def test_steps_that_are_not_finite_stop_the_run_which_names_them_and_their_rows(root, tmp_path, monkeypatch, capfd):
@@ -134,36 +187,40 @@ def test_steps_that_are_not_finite_stop_the_run_which_names_them_and_their_rows(
     said = capfd.readouterr().err
     assert said.startswith("failed: steps 3 to 5 had a loss or gradient that is not finite and were not applied (metrics.jsonl has their rows' ids)")
     bad = [line for line in lines if line["bad_steps"]]
-
     assert all(len(line["ids"]) == 4 for line in bad) and not any("ids" in line for line in lines if not line["bad_steps"])
 
 
 KILLS = int(os.environ.get("KILLS", "3"))  # as many as the time allows
+PHASES = ("steps", "rollouts", "evaluation", "checkpoint")
 
 
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(root, tmp_path):
+def phase_of(log):
+    """Returns what a run does or did, by its log: 'checkpoint' while one is not whole."""
+    written, whole = (re.findall(rf"checkpoint (\d+) is {what}", log) for what in ("being written", "whole"))
+    return "checkpoint" if written and written[-1] not in whole else re.findall(r"now: (\w+)", log)[-1]
+
+
+def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(root, tmp_path):
+    """At random moments, of which a fifth at least lie in each phase, and none before the first checkpoint of the process."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    steps, seed = 40 + 60 * KILLS, time.time_ns()
-    settings = (f"train.num_steps={steps}", "train.checkpoint_every=4", "rollout.every=8", "hyper.hidden=64")
+    seed, killed = time.time_ns(), collections.Counter()
+    settings = (f"train.num_steps={100 + 80 * KILLS}", "train.checkpoint_every=8", "rollout.every=3", "hyper.hidden=64")
     assert start(command(root, whole, *settings))[0] == 0
-    rng, sums = random.Random(seed), lambda: {path.name for path in (folder / "checkpoint_sums").glob("*.json")}
+    rng, log = random.Random(seed), folder / "run.log"
     print(f"seed {seed}")
-    for _ in range(KILLS):
-        before, deadline = sums(), time.monotonic() + 120
-        arguments = [sys.executable, "-m", "experiments.run", *command(root, folder, *settings)]
-        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-            while not sums() - before:  # so that it gets on
-                assert child.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 1))
-            child.kill()
-        assert child.returncode == -signal.SIGKILL
+    while killed.total() < KILLS or min(killed[phase] for phase in PHASES) < KILLS // 5:
+        wanted = min(PHASES, key=lambda phase: (killed[phase], rng.random()))
+        begin = log.stat().st_size if log.exists() else 0
+        said = lambda begin=begin: log.read_text()[begin:] if log.exists() else ""
+        with child(command(root, folder, *settings)) as process:
+            wait_for(process, lambda: " is whole" in said())
+            time.sleep(rng.uniform(0, 0.5))
+            wait_for(process, lambda: phase_of(said()) == wanted, every_s=0.001)
+            time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        killed[phase_of(said())] += 1
+    print(f"killed {killed.total()} times: {dict(killed)}")
     code, output = start(command(root, folder, *settings))
     assert code == 0 and "resuming at step" in output
-    metrics, expected = (
-        [[line[name] for name in ("step", "loss", "grad_norm", "delta_norm")] for line in read_lines(at / "metrics.jsonl")] for at in (folder, whole)
-    )
-    assert metrics == expected
-    for name in ("before.jsonl", "experts.jsonl", "predictions.jsonl"):
-        assert (folder / name).read_text() == (whole / name).read_text()
-    jax.tree.map(np.testing.assert_array_equal, load_state(folder, steps), load_state(whole, steps))
+    assert_same(folder, whole)

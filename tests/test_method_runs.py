@@ -2,10 +2,9 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
-from small_runs import command, load_state, read_lines, start, write_rows
+from small_runs import assert_same, command, load_state, read_lines, start, write_rows
 
 from metatuner_jax import data, evaluate
 from metatuner_jax.methods import METHODS
@@ -120,15 +119,7 @@ def goes_on(settings, at, whole, root, tmp_path, monkeypatch):
         start(command(root, tmp_path / "run", *settings))
     code, output = start(command(root, tmp_path / "run", *settings))
     assert code == 0 and f"resuming at step {at} of" in output
-    exact = lambda folder: [
-        {name: value for name, value in line.items() if not name.endswith("_s")} for line in read_lines(folder / "metrics.jsonl")
-    ]
-    assert exact(tmp_path / "run") == exact(whole)
-    for name in ("experts.jsonl", "pairs.jsonl", "predictions.jsonl", "before.jsonl"):
-        broken, other = ((folder / name).read_text() if (folder / name).exists() else None for folder in (tmp_path / "run", whole))
-        assert broken == other
-    last = max(int(path.name) for path in (whole / "checkpoints").iterdir() if path.name.isdigit())
-    jax.tree.map(np.testing.assert_array_equal, load_state(tmp_path / "run", last), load_state(whole, last))
+    assert_same(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("method", ["sft", "better_together"])

@@ -1,23 +1,18 @@
 """A run that is asked to stop keeps what it has done, says where, and goes on as if it had not been stopped."""
 
-import json
 import signal
 import subprocess
 import sys
 import threading
-import time
 
-import jax
-import numpy as np
 import pytest
-from small_runs import command, load_state, read_lines, start
+from small_runs import assert_same, child, command, read_lines, start, wait_for
 
 from metatuner_jax import data, evaluate, rollout
 from metatuner_jax.stopping import Stop
 
 pytestmark = pytest.mark.usefixtures("compiled")
 SETTINGS = ("train.checkpoint_every=4",)  # of 4 steps, with rollouts before the steps 0 and 2
-EXACT = ("step", "loss", "task_loss", "prompt_loss", "grad_norm", "delta_norm")
 
 # In what, when (of its arguments), with how many updates kept.
 MOMENTS = {
@@ -54,32 +49,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(moment, whole, root, tmp_pa
         code, _ = start(command(root, folder, *SETTINGS))
     assert code == 128 + number and signal.getsignal(signal.SIGTERM) is handlers
     said = capfd.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"stopped by {number.name}: ") and "nothing was done" in said if kept is None else f"/checkpoints/{kept} has all" in said
+    assert said.startswith(f"stopped by {number.name}: ")
+    assert ("nothing was done" if kept is None else f"/checkpoints/{kept} has all") in said
     assert [path.name for path in (folder / "checkpoints").glob("*")] == ([] if kept is None else [str(kept)])
     assert not (folder / "results.json").exists()
 
     code, output = start(command(root, folder, *SETTINGS))
     assert code == 0 and (kept is None or f"resuming at step {kept} of 4" in output)
-    for file in ("experts.jsonl", "predictions.jsonl"):
-        assert (folder / file).read_text() == (whole / file).read_text()
-    metrics, expected = ([[line[key] for key in EXACT] for line in read_lines(at / "metrics.jsonl")] for at in (folder, whole))
-    assert metrics == expected
-    results, expected = (json.loads((at / "results.json").read_text()) for at in (folder, whole))
-    assert all(results[name] == expected[name] for name in ("validation", "after", "adapter", "checkpoint"))
-    jax.tree.map(np.testing.assert_array_equal, load_state(folder, 4), load_state(whole, 4))
+    assert_same(folder, whole)
 
 
 def test_a_process_that_is_terminated_writes_a_checkpoint_and_says_so(root, tmp_path):
     folder = tmp_path / "run"
     arguments = command(root, folder, "train.num_steps=100000", "train.checkpoint_every=100000", "rollout.every=0", "task.num_validation=4")
-    child = subprocess.Popen([sys.executable, "-m", "experiments.run", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len(read_lines(folder / "metrics.jsonl")) < 3:
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    _, error = child.communicate(timeout=60)
-    assert child.returncode == 143
+    with child(arguments) as process:
+        wait_for(process, lambda: (folder / "metrics.jsonl").exists() and len(read_lines(folder / "metrics.jsonl")) >= 3)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
     done = len(read_lines(folder / "metrics.jsonl"))
     assert error.splitlines()[-1] == f"stopped by SIGTERM: {folder}/checkpoints/{done} has all that was trained; the same command goes on from it"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(done)]
