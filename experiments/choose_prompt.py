@@ -19,7 +19,7 @@ def main(argv=None) -> int:
     try:
         source = pathlib.Path(argv.pop(argv.index("--prompts") + 1)) if "--prompts" in argv else None
         argv = [word for word in argv if word != "--prompts"]
-        path, _, assignments = run.parse(argv)
+        path, _, assignments, _ = run.parse(argv)
         config = run.load_config(path, assignments)
         if source is None:
             candidates = getattr(run.load_module(path), "PROMPTS", ())

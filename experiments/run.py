@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import files, methods, stopping, tasks
+from metatuner_jax import files, methods, processes, stopping, tasks
 
 USAGE = """usage: python -m experiments.run --config FILE [--workdir FOLDER] [--config.SECTION.NAME=VALUE ...]
 
@@ -25,6 +25,9 @@ workdir resumes; a finished one says so and changes nothing.
 
   --config FILE     a Python file with get_config(), such as experiments/configs/quickstart.py
   --workdir FOLDER  where everything goes (default: runs/<name of the config file>)
+  --coordinator HOST:PORT --num_processes N --process_id I
+                    one of several processes that do the run together, I from 0 to N-1, the first one at HOST:PORT; on TPU
+                    pods and on Slurm they find one another
   --help            this text
 
 Settings and their defaults (`none` clears an optional one):
@@ -44,10 +47,14 @@ def main(argv=None) -> int:
     stop = stopping.Stop()
     try:
         with stop.heard():
-            return run(argv, stop)
+            code = run(argv, stop)
     except stopping.Stopped as stopped:
         print(f"stopped by {stopped}: {stopped.kept or 'nothing was done that could be lost'}", file=sys.stderr)
-        return 128 + stopped.number
+        code = 128 + stopped.number
+        if not stop.waits:  # this process alone
+            processes.group.fail(f"stopped by {stopped}", code)
+    processes.group.close()
+    return code
 
 
 def run(argv, stop) -> int:
@@ -58,13 +65,14 @@ def run(argv, stop) -> int:
     """
     with contextlib.ExitStack() as folder:
         try:
-            path, workdir, assignments = parse(argv)
+            path, workdir, assignments, others = parse(argv)
             config = load_config(path, assignments)
             saved = check_workdir(config, workdir, goes_on=True)
             if saved is not None and finished(workdir, saved, config):
                 print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
                 print(summary(read_json(workdir / "results.json"), _first_predictions(workdir)))
                 return 0
+            processes.join(**others)
             if saved is not None:
                 folder.enter_context(held(workdir))
             job = prepare(config, saved and saved.get("resolved", {}).get("dtype"))
@@ -72,10 +80,12 @@ def run(argv, stop) -> int:
                 job.checkpoints = check_saved(job, workdir, saved)
             else:
                 folder.enter_context(held(workdir))
-                if (workdir / "config.json").exists():
+                if processes.group.index == 0 and (workdir / "config.json").exists():
                     raise Mistake(f"--workdir={workdir} was taken by another run just now; give another --workdir")
         except (Mistake, ValueError, OSError) as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            text = " ".join(str(error).split())
+            print("error: " + text, file=sys.stderr)
+            processes.group.fail(text, 2)
             return 2
         from metatuner_jax import checkpoint
         from metatuner_jax.progress import Progress
@@ -89,8 +99,10 @@ def run(argv, stop) -> int:
             progress.note(f"stopped by {stopped}")
             raise
         except (RuntimeError, ValueError, OSError) as error:
+            processes.group.wait_for_news()  # it may be that another process is gone
             print(f"failed: {error}", file=sys.stderr)
             progress.note(f"failed: {error}")
+            processes.group.fail(str(error), 1)
             return 1
     return 0
 
@@ -99,16 +111,39 @@ def run(argv, stop) -> int:
 
 
 def parse(argv):
-    """Returns (config path, workdir, [(dotted key, text)]).
+    """Returns (config path, workdir, [(dotted key, text)], what `processes.join` takes).
 
     Raises:
-      Mistake: an argument is unknown, or --config is missing.
+      Mistake: an argument is unknown, or one is missing.
     """
-    options, assignments = read_arguments(argv, ("--config", "--workdir"))
+    options, assignments = read_arguments(argv, ("--config", "--workdir", *OF_PROCESSES))
     if "--config" not in options:
         raise Mistake("--config is missing: name a file such as experiments/configs/quickstart.py")
     path = pathlib.Path(options["--config"])
-    return path, pathlib.Path(options.get("--workdir") or f"runs/{path.stem}"), assignments
+    return path, pathlib.Path(options.get("--workdir") or f"runs/{path.stem}"), assignments, parse_processes(options)
+
+
+OF_PROCESSES = ("--coordinator", "--num_processes", "--process_id")
+
+
+def parse_processes(options) -> dict:
+    """Returns what `processes.join` takes, from the options of the command line."""
+    missing = [name for name in OF_PROCESSES if name not in options]
+    if len(missing) == len(OF_PROCESSES):
+        return {}
+    if missing:
+        raise Mistake(f"{missing[0]} is missing: {', '.join(OF_PROCESSES)} go together")
+    address, *numbers = (options[name] for name in OF_PROCESSES)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise Mistake(f"--coordinator={address} must be host:port, where process 0 is to listen")
+    for name, number in zip(OF_PROCESSES[1:], numbers):
+        if not number.isdecimal():
+            raise Mistake(f"{name}={number} must be a whole number")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise Mistake(f"--process_id={index} must be below --num_processes={count}: the processes are numbered from 0")
+    return {"coordinator": address, "count": count, "index": index}
 
 
 def read_arguments(argv, names, flags=()):
@@ -175,7 +210,10 @@ def _text(value):
 
 @contextlib.contextmanager
 def held(workdir):
-    """Holds a run folder, made where it is not there, for this process alone. Raises Mistake where another process holds it."""
+    """Holds a run folder, made where it is not there, for this run alone. Raises Mistake where another run holds it."""
+    if processes.group.index:  # the first one holds it
+        yield
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("a", encoding="utf-8") as file:
         try:
@@ -240,7 +278,7 @@ def prepare(config, dtype=None) -> Job:
     from metatuner_jax.generator import Setup
 
     if config.dtype == "auto":
-        config = dataclasses.replace(config, dtype=dtype or product.fastest_dtype())
+        config = dataclasses.replace(config, dtype=dtype or processes.group.from_first(product.fastest_dtype))
 
     generator, actor = (of_model(config, role, pretrained.load_config) for role in ("generator", "actor"))
     config_lib.check_model(config, generator, actor)
@@ -278,6 +316,11 @@ def prepare(config, dtype=None) -> Job:
             raise Mistake(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")
     for role in ("generator", "actor"):
         of_model(config, role, pretrained.check_weights)
+    sums = processes.group.gather(data.digest(rows))
+    for other, found in enumerate(sums):
+        changed = [name for name in found if found[name] != sums[0][name]]
+        if changed:
+            raise Mistake(f"process {other} has other data than process 0: {', '.join(changed)}; give all the same files and versions")
     setup = Setup(config, generator, actor, tokens.end_id, tokens.template.prefix)
     return Job(given, setup, task, tokens, rows, lengths, too_long, mesh)
 
@@ -293,7 +336,7 @@ def check_saved(job, workdir, saved):
     changed = [name for name in found if saved.get("data", {}).get(name) != found[name]]
     if changed:
         raise Mistake(f"--workdir={workdir} was begun with other data: {', '.join(changed)} changed since; give another --workdir")
-    problems = checkpoint.problems(workdir / "checkpoints")
+    problems = dict(processes.group.from_first(lambda: list(checkpoint.problems(workdir / "checkpoints").items())))
     good = [step for step, wrong in problems.items() if not wrong]
     if good:
         check_checkpoint(job.setup, workdir, good[-1])
@@ -393,7 +436,8 @@ def train_and_evaluate(job, workdir, progress):
     progress.now("start")
     setup, config, task, tokens, rows = job.setup, job.setup.config, job.task, job.tokens, job.rows
     introduce(progress, job)
-    write_config(job, workdir, progress)
+    if processes.group.index == 0:
+        write_config(job, workdir, progress)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
     frozen, params = load_networks(setup, tokens, keys["init"], job.mesh)
@@ -413,7 +457,7 @@ def train_and_evaluate(job, workdir, progress):
     keeps = setup.method.adapter is None and not config.warmup.actor_steps
     experts = rollout.Experts(workdir / "experts.jsonl", ids, rows["train"].initial, rows["train"].initial_mask, keeps)
     pairs = preference.Pairs(workdir / "pairs.jsonl", ids, config.actor.max_answer_tokens)
-    for line in checkpoint.set_aside(workdir / "checkpoints", job.checkpoints):
+    for line in processes.group.from_first(lambda: checkpoint.set_aside(workdir / "checkpoints", job.checkpoints)):
         progress.line(f"note: {line}")
     sound = (step for step, wrong in job.checkpoints.items() if not wrong)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, sound, progress.note)
@@ -494,7 +538,10 @@ def write_config(job, workdir, progress):
                 if old.exists():
                     old.rename(old.with_stem(f"{old.stem}-{results['steps']}"))
             progress.line(f"note: the results after {results['steps']} steps are in {workdir}/results-{results['steps']}.json")
-    devices = {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count()}
+    devices = {
+        "kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count(),
+        **({"processes": processes.group.count} if processes.group.count > 1 else {}),
+    }  # fmt: skip
     content = {
         "config": config, "resolved": plain(job.setup.config), "versions": versions(), "devices": devices, "data": data.digest(job.rows),
         **({"changes": history} if history else {}),
@@ -529,19 +576,28 @@ def score_before(passes, job, workdir):
 
 def load_networks(setup, tokens, key, mesh):
     """Returns (the frozen weights, the tree that learns), on the mesh. Weights of one checkpoint are held once."""
+    import jax
     import jax.numpy as jnp
 
-    from metatuner_jax import generator, pretrained, sharding, transformer
+    from metatuner_jax import generator, pretrained, sharding
 
     config, k = setup.config, setup.num_shared
 
     def load(name, dtype, cut):
-        _, params = pretrained.load(name, dtype)
-        params = transformer.cut_vocabulary(params, setup.actor.vocab_size)
+        """Returns a model's weights, each put to where it shall live as soon as it is read."""
+
+        def put(path, array):
+            if path.startswith(("embed/", "head/")):
+                array = array[: setup.actor.vocab_size]
+            parts = (array[:k], array[k:]) if cut and path.startswith("layers/") else (array,)
+            placed = tuple(sharding.place_one(path, part, mesh) for part in parts)
+            return placed if len(parts) > 1 else placed[0]
+
+        _, params = pretrained.load(name, dtype, put)
         if cut:
-            layers = params.pop("layers")
-            params["layers"] = (transformer.cut(layers, 0, k), transformer.cut(layers, k, setup.generator.num_layers))
-        return sharding.place(params, mesh)
+            half = lambda i: jax.tree.map(lambda halves: halves[i], params["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple))
+            params["layers"] = (half(0), half(1))
+        return params
 
     same = config.generator.model == config.actor.model
     unused = setup.method.prompt == "initial" and not setup.method.learns_generator

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from metatuner_jax import files, sharding
+from metatuner_jax import files, processes, sharding
 
 
 def shapes(tree):
@@ -134,6 +134,9 @@ class Checkpoints:
             self._write_sums()
 
     def _write_sums(self) -> None:
+        self.without_sums = False
+        if processes.group.index:
+            return
         for step in steps_in(self.folder):
             path = sums_path(self.folder, step)
             if not path.exists():
@@ -141,7 +144,6 @@ class Checkpoints:
                 files.write_json(path, sums_of(self.folder / str(step)))
                 self.say(f"checkpoint {step} is whole")
         drop_sums(self.folder)
-        self.without_sums = False
 
     def latest(self) -> int | None:
         """Returns the newest whole checkpoint's step, None where there is none."""
@@ -163,7 +165,7 @@ class Checkpoints:
         """Returns the state of a checkpoint, placed as `like` is. Raises what `check` does, and RuntimeError where it was damaged."""
         self.manager.wait_until_finished()
         self.tend()
-        wrong = None if step in self.sound else problem(self.folder, step)
+        wrong = None if step in self.sound else processes.group.from_first(lambda: problem(self.folder, step))
         if wrong:
             raise RuntimeError(f"the checkpoint of step {step} is no good: {wrong}; the same command sets it aside and goes on from another")
         check(self.folder, step, like)

@@ -34,7 +34,7 @@ def validate(passes, params, rows, tokens, score, for_all=None) -> dict:
     index = np.arange(len(rows))
     h, *prompts = passes.prompts(params, rows, index, for_all)
     answered = passes.answer(rows, index, *prompts, passes.adapter(params, h), what="validating", weigh=True)
-    scores = [score(text, example).strict for text, example in zip(texts_of(answered, tokens), rows.examples)]
+    scores = [found.strict for found in tasks.score_all(score, texts_of(answered, tokens), rows.examples)]
     return {"mean": float(np.mean(scores)), "log_likelihood": float(np.mean(answered.likelihood)), "n": len(rows)}
 
 
@@ -47,7 +47,7 @@ def answer_before(passes, rows, tokens, score) -> list[dict]:
     """Returns what the bare actor says to each query under its initial prompt: {id, answer, score, flexible}."""
     answered = passes.answer(rows, np.arange(len(rows)), rows.initial, rows.initial_mask, what="before")
     texts = texts_of(answered, tokens)
-    scores = [score(text, example) for text, example in zip(texts, rows.examples)]
+    scores = tasks.score_all(score, texts, rows.examples)
     return [
         {"id": example.id, "answer": text, "score": s.strict, "flexible": s.flexible}
         for example, text, s in zip(rows.examples, texts, scores)
@@ -79,7 +79,7 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
 
     def run(what, adapter, prompts, which=index):
         texts = texts_of(passes.answer(rows, which, *prompts, adapter, what=what), tokens)
-        return texts, [score(text, rows.examples[i]) for text, i in zip(texts, which)]
+        return texts, tasks.score_all(score, texts, [rows.examples[i] for i in which])
 
     def differs(other, other_mask):
         return np.any(np.where(prompt_mask, prompt, -1) != np.where(other_mask, other, -1), axis=1)

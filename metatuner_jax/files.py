@@ -1,24 +1,23 @@
-"""The files of a run folder: JSON and JSON Lines, whole at any moment."""
+"""The files of a run folder: JSON and JSON Lines, whole at any moment. Of several processes the first one writes them."""
 
 import json
 import os
 import pathlib
 
+from metatuner_jax import processes
+
 
 def read_lines(path) -> list[dict]:
     """Returns the objects of a JSON Lines file of ours, none where there is no file; a last line cut short is left out."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return processes.group.from_first(lambda: _read_lines(pathlib.Path(path)))
 
 
 def append_lines(path, objects) -> None:
     """Adds lines to a JSON Lines file; they are on disk when this returns."""
-    with pathlib.Path(path).open("a", encoding="utf-8") as file:
-        file.write(_lines(objects))
-        _settle(file)
+    if processes.group.index == 0:
+        with pathlib.Path(path).open("a", encoding="utf-8") as file:
+            file.write(_lines(objects))
+            _settle(file)
 
 
 def write_lines(path, objects) -> None:
@@ -31,11 +30,20 @@ def write_json(path, content) -> None:
     _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def _read_lines(path):
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
 def _lines(objects):
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
 
 
 def _write(path, text):
+    if processes.group.index:
+        return
     path = pathlib.Path(path)
     beside = path.with_name(path.name + ".new")
     with beside.open("w", encoding="utf-8") as file:

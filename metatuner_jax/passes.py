@@ -184,10 +184,11 @@ class Passes:
                 taken = taken[np.minimum(np.arange(some), len(taken) - 1)]
                 state, loras = self._fill(state, loras, *begin(taken), places)
             until = min(some, len(waiting)) or slots
-            if np.asarray(state.ended).sum() < until:
+            if sharding.fetch(state.ended).sum() < until:
                 state = self._advance(self.frozen, layers, loras, state, {"until": until, **noise})
-            ended = np.flatnonzero((holds >= 0) & np.asarray(state.ended))
-            yield holds[ended], *(np.asarray(leaf)[ended] for leaf in (state.tokens, state.count, state.first))
+            has_ended, *written = sharding.fetch((state.ended, state.tokens, state.count, state.first))
+            ended = np.flatnonzero((holds >= 0) & has_ended)
+            yield holds[ended], *(leaf[ended] for leaf in written)
             holds[ended] = -1
 
     def _fill(self, state, loras, new, its_loras, places):
@@ -230,7 +231,7 @@ class Passes:
                 at = order[np.minimum(np.arange(start, start + batch_size), count - 1)]
                 result = run(at, *sharding.place_rows(tuple(data.trim(part(at), buckets).values()), self.mesh))
                 size = min(batch_size, count - start)
-                outputs.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:size], result))
+                outputs.append(jax.tree.map(lambda leaf: leaf[:size], sharding.fetch(result)))
                 advance(size)
         back = np.argsort(order)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *outputs)

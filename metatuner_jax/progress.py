@@ -9,6 +9,7 @@ import time
 
 import tqdm
 
+from metatuner_jax import processes
 from metatuner_jax.stopping import Stop
 
 
@@ -23,7 +24,9 @@ class Progress:
         self.every_s = every_s  # between plain lines about the same work
 
     def line(self, text: str = "") -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar where there is one. Of several processes the first one does."""
+        if processes.group.index:
+            return
         if self.terminal:
             tqdm.tqdm.write(text, file=self.stream)
         else:
@@ -32,7 +35,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Adds text to the log alone, its lines with the time before them. A log that cannot be written ends no run."""
-        if self.log:
+        if self.log and processes.group.index == 0:
             now = datetime.datetime.now().isoformat(" ", "milliseconds")
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{now} {line.strip()}\n" for line in text.splitlines() if line.strip()))
@@ -46,7 +49,7 @@ class Progress:
     @contextlib.contextmanager
     def task(self, what: str, total: int, first: int = 0):
         """Yields advance(count, text=""), to be called as the work goes on; it raises Stopped where the process was asked to stop."""
-        if self.terminal:
+        if self.terminal and processes.group.index == 0:
             width = shutil.get_terminal_size().columns - 1  # a terminal that does not tell its width would get no bar
             with tqdm.tqdm(total=total, initial=first, desc=what, file=self.stream, leave=False, ncols=width, mininterval=0) as bar:
 

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, files
+from metatuner_jax import data, files, tasks
 
 
 class Experts:
@@ -143,13 +143,15 @@ def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, kno
         answered = passes.answer(
             rows, index[new], tried, mask, adapter and (lambda at: adapter(new[at])), what="rollouts: answering", weigh=True
         )
-        answers = {i: (tokens.decode(answered.tokens[j], answered.mask[j]), answered.likelihood[j]) for j, i in enumerate(new)}
+        texts = [tokens.decode(ids, mask) for ids, mask in zip(answered.tokens, answered.mask)]
+        scores = tasks.score_all(score, texts, [rows.examples[index[i]] for i in new])
+        answers = dict(zip(new, zip(texts, scores, answered.likelihood)))
     attempts = []
     for i, (key, words) in enumerate(zip(keys, prompts)):
         example = rows.examples[index[i]]
         if i in answers:
-            text, likelihood = answers[i]
-            outcome = {"answer": text, "score": score(text, example).strict, "log_likelihood": round(float(likelihood), 6)}
+            text, found, likelihood = answers[i]
+            outcome = {"answer": text, "score": found.strict, "log_likelihood": round(float(likelihood), 6)}
         else:
             before = known[key] if key in known else attempts[first[key]]
             outcome = {name: before[name] for name in ("answer", "score", "log_likelihood")}

@@ -64,11 +64,30 @@ def spec_at(path: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
 
 def place(tree, mesh):
     """Returns the tree with every leaf where its rule puts it."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: place_one(path_text(path), leaf, mesh), tree)
 
-    def one(path, leaf):
-        return jax.device_put(leaf, NamedSharding(mesh, spec_at(path_text(path), np.shape(leaf), mesh)))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+def place_one(path: str, leaf, mesh):
+    """Returns one array, of which each device is given its own part, where the rule of its path puts it."""
+    return _put(leaf, NamedSharding(mesh, spec_at(path, np.shape(leaf), mesh)))
+
+
+def _put(leaf, where):
+    """Returns an array placed: of one that the host has, or that each of several hosts has."""
+    local = not isinstance(leaf, jax.core.Tracer) and getattr(leaf, "is_fully_addressable", True)
+    if local and not where.is_fully_addressable:  # device_put would compare what the hosts have, all of it
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, where, lambda at: leaf[at])
+    return jax.device_put(leaf, where)
+
+
+def fetch(tree):
+    """Returns the tree in numpy, whole, to every process."""
+    apart = [leaf for leaf in jax.tree.leaves(tree) if not leaf.is_fully_addressable]
+    if apart:
+        everywhere = NamedSharding(apart[0].sharding.mesh, PartitionSpec())
+        tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+    return jax.tree.map(np.asarray, tree)
 
 
 def row_parts(mesh) -> int:
@@ -88,7 +107,7 @@ def place_rows(batch, mesh, axis: int = 0, heads: bool = False):
         split = heads and leaf.shape[axis + 1] % mesh.shape["tensor"] == 0
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS, *["tensor"] * split))
 
-    return jax.device_put(batch, jax.tree.map(where, batch))
+    return jax.tree.map(lambda leaf: _put(leaf, where(leaf)), batch)
 
 
 def path_text(path) -> str:

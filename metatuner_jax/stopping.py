@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 
+from metatuner_jax import processes
+
 
 class Stopped(BaseException):
     """The process was asked to stop. No Exception, so that nothing on the way takes it for a failure of its own."""
@@ -58,6 +60,9 @@ class Stop:
             self._held -= 1
 
     def check(self) -> None:
-        """Raises Stopped where the process was asked to stop and may."""
-        if self.number is not None and not self._held:
-            raise Stopped(self.number)
+        """Raises Stopped where the process was asked to stop and may; where one of several was, in all of them."""
+        if self._held:
+            return
+        number = max(processes.group.gather(self.number or 0))
+        if number:
+            raise Stopped(number)

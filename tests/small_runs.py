@@ -85,4 +85,8 @@ def assert_same(folder, whole):
 
 
 def load_state(folder, step):
-    return ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step) / "default")
+    """Returns the arrays of a checkpoint in numpy, on however many devices they were."""
+    place = (folder / "checkpoints" / str(step) / "default").absolute()
+    leaves = ocp.StandardCheckpointHandler().metadata(place).tree
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
+    return ocp.PyTreeCheckpointer().restore(place, args=ocp.args.PyTreeRestore(restore_args=how))

@@ -38,7 +38,7 @@ class Runs:
         self.started, self.failing, self.broken = [], set(), set()
 
     def __call__(self, arguments, log):
-        path, workdir, settings = run.parse(arguments)
+        path, workdir, settings, _ = run.parse(arguments)
         settings = dict(settings)
         name = workdir.name
         self.started.append(name)

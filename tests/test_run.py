@@ -413,7 +413,7 @@ def test_a_run_that_goes_on_keeps_the_type_that_auto_stood_for(saved, dtype, fin
 
 
 def test_weights_of_one_checkpoint_are_held_once(root):
-    _, _, assignments = run.parse(command(root, "run", "method=metatuner_j"))
+    _, _, assignments, _ = run.parse(command(root, "run", "method=metatuner_j"))
     job = run.prepare(run.load_config(root / "config.py", assignments))
     frozen, _ = run.load_networks(job.setup, job.tokens, jax.random.key(0), job.mesh)
     pairs = list(zip(jax.tree.leaves(frozen.generator), jax.tree.leaves(frozen.actor), strict=True))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from metatuner_jax import config
+from metatuner_jax import config, processes
 
 # A name that ends in ":" is a family, whose members are named after it. A new task is one module and one line here.
 _MODULES = {
@@ -53,6 +53,16 @@ class Task:
     score: Callable[[str, Example], Score]
     # rows left out: validation_in_train, test_in_train, and unlabelled where a source has rows without an answer
     dropped: dict[str, int] = field(default_factory=dict)
+
+
+def score_all(score: Callable[[str, Example], Score], texts, examples) -> list[Score]:
+    """Returns the scores of texts, each for its example; several processes do a share each."""
+
+    def one(text, example):
+        found = score(text, example)
+        return found.strict, found.flexible
+
+    return [Score(*pair) for pair in processes.group.shared(one, texts, examples)]
 
 
 def check(task: config.TaskConfig) -> None:

@@ -1,0 +1,133 @@
+"""Several processes do one run together: the same losses as one, and none goes on without the others."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from small_runs import assert_same, command, read_lines, start
+
+pytestmark = pytest.mark.usefixtures("compiled")
+SOAK = bool(os.environ.get("SOAK"))
+SETTINGS = ("train.num_steps=6", "eval.report=test", "rollout.every=2")
+END_S = 30  # in which the others end when one is gone
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def together(count, arguments, **environment):
+    """Yields the processes of one run."""
+    address = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", str(count), "--process_id"]
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(killed_at_last(subprocess.Popen(
+                [sys.executable, "-m", "experiments.run", *arguments, *address, str(i)], env={**os.environ, **environment},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )))
+            for i in range(count)
+        ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def killed_at_last(process):
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def outcome(process):
+    """Returns (exit code, output, errors) of a process once it has ended."""
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def alone(root, tmp_path_factory):
+    """The folder of the same run by one process on one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert start(command(root, folder, *SETTINGS))[0] == 0
+    return folder
+
+
+def assert_close(folder, alone):
+    """Compares what a run by several devices has come to with one device's: the same texts, numbers but for rounding."""
+    exact, near = ("step", "phase", "rollout_attempts", "rollout_changed", "tokens"), ("loss", "task_loss", "prompt_loss", "grad_norm", "delta_norm")
+    lines, others = (read_lines(at / "metrics.jsonl") for at in (folder, alone))
+    assert len(lines) == len(others)
+    for here, there in zip(lines, others):
+        assert [here.get(name) for name in exact] == [there.get(name) for name in exact]
+        np.testing.assert_allclose([here[name] for name in near], [there[name] for name in near], rtol=1e-4, atol=1e-6)
+    for name in ("experts.jsonl", "predictions.jsonl", "before.jsonl"):
+        here, there = ([{k: v for k, v in line.items() if k != "log_likelihood"} for line in read_lines(at / name)] for at in (folder, alone))
+        assert here == there, name
+
+
+@pytest.mark.parametrize("count", (2, 4) if SOAK else (2,))
+def test_several_processes_give_the_losses_prompts_and_answers_of_one(count, alone, root, tmp_path):
+    folder = tmp_path / "run"
+    with together(count, command(root, folder, *SETTINGS)) as processes:
+        outcomes = [outcome(process) for process in processes]
+    assert [code for code, _, _ in outcomes] == [0] * count, outcomes[-1]
+    assert_close(folder, alone)
+    assert f"device: {count} x " in outcomes[0][1] and "Everything is in" in outcomes[0][1]
+    for _, output, _ in outcomes[1:]:
+        assert "training" not in output and "Everything" not in output  # one says what is done
+    assert len({path.name for path in (folder / "checkpoint_sums").iterdir()}) == 2
+
+
+@pytest.mark.parametrize("dies", (1, 0) if SOAK else (random.Random(time.time_ns()).choice((0, 1)),))
+def test_when_a_process_dies_the_others_end_and_a_restart_goes_on(dies, root, tmp_path):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    settings = ("train.num_steps=24", "train.checkpoint_every=4", "rollout.every=6")
+    with together(2, command(root, folder, *settings)) as processes:
+        deadline = time.monotonic() + 240
+        while not (folder / "checkpoint_sums" / "8.json").exists():
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[dies].send_signal(signal.SIGKILL)
+        died = time.monotonic()
+        code, _, errors = outcome(processes[1 - dies])
+        assert time.monotonic() - died < END_S
+    assert code == 1, errors
+    assert errors.splitlines()[-1] == f"failed: process {dies} has died; the same command, in all processes, goes on from the newest checkpoint"
+    for at in (folder, whole):
+        with together(2, command(root, at, *settings)) as processes:
+            outcomes = [outcome(process) for process in processes]
+        assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+        assert ("resuming at step" in outcomes[0][1]) == (at == folder)
+    assert_same(folder, whole)
+
+
+def test_a_signal_to_one_stops_all_and_a_mistake_of_one_ends_all(root, tmp_path):
+    folder = tmp_path / "run"
+    with together(2, command(root, folder, "train.num_steps=100000", "train.checkpoint_every=100000", "rollout.every=0")) as processes:
+        deadline = time.monotonic() + 240
+        while not (folder / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        outcomes = [outcome(process) for process in processes]
+    assert [code for code, _, _ in outcomes] == [143, 143]
+    (step,) = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert all(f"stopped by SIGTERM: {folder}/checkpoints/{step} has all that was trained" in errors for _, _, errors in outcomes)
+    assert len(read_lines(folder / "metrics.jsonl")) == int(step)
+
+    with together(2, command(root, tmp_path / "other", "train.batch_size=3")) as processes:
+        outcomes = [outcome(process) for process in processes]
+    assert {code for code, _, _ in outcomes} <= {1, 2} and not (tmp_path / "other").exists()
+    for code, _, errors in outcomes:
+        said = "error: " if code == 2 else "failed: process "
+        assert errors.splitlines()[-1].startswith(said) and "train.batch_size=3 must be a multiple of mesh.data * mesh.fsdp = 2" in errors
