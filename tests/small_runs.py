@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from experiments import run
 
@@ -82,6 +83,20 @@ def assert_same(folder, whole):
     here, there = (load_state(at, last) for at in (folder, whole))
     assert jax.tree.structure(here) == jax.tree.structure(there)
     jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+def assert_close(folder, alone):
+    """Compares what a run by several devices has come to with one device's: the same texts, numbers but for rounding."""
+    exact = ("step", "phase", "rollout_attempts", "rollout_changed", "tokens")
+    near_of = lambda line: {name: line[name] for name in line if name.endswith(("loss", "norm"))}
+    lines, others = (read_lines(at / "metrics.jsonl") for at in (folder, alone))
+    assert len(lines) == len(others)
+    for here, there in zip(lines, others):
+        assert [here.get(name) for name in exact] == [there.get(name) for name in exact]
+        assert near_of(here) == pytest.approx(near_of(there), rel=1e-4, abs=1e-6)
+    for name in ("experts.jsonl", "predictions.jsonl", "before.jsonl"):
+        here, there = ([{k: v for k, v in line.items() if k != "log_likelihood"} for line in read_lines(at / name)] for at in (folder, alone))
+        assert here == there, name
 
 
 def load_state(folder, step):

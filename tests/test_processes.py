@@ -9,9 +9,8 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
-from small_runs import assert_same, command, read_lines, start
+from small_runs import assert_close, assert_same, command, read_lines, start
 
 pytestmark = pytest.mark.usefixtures("compiled")
 SOAK = bool(os.environ.get("SOAK"))
@@ -60,19 +59,6 @@ def alone(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     assert start(command(root, folder, *SETTINGS))[0] == 0
     return folder
-
-
-def assert_close(folder, alone):
-    """Compares what a run by several devices has come to with one device's: the same texts, numbers but for rounding."""
-    exact, near = ("step", "phase", "rollout_attempts", "rollout_changed", "tokens"), ("loss", "task_loss", "prompt_loss", "grad_norm", "delta_norm")
-    lines, others = (read_lines(at / "metrics.jsonl") for at in (folder, alone))
-    assert len(lines) == len(others)
-    for here, there in zip(lines, others):
-        assert [here.get(name) for name in exact] == [there.get(name) for name in exact]
-        np.testing.assert_allclose([here[name] for name in near], [there[name] for name in near], rtol=1e-4, atol=1e-6)
-    for name in ("experts.jsonl", "predictions.jsonl", "before.jsonl"):
-        here, there = ([{k: v for k, v in line.items() if k != "log_likelihood"} for line in read_lines(at / name)] for at in (folder, alone))
-        assert here == there, name
 
 
 @pytest.mark.parametrize("count", (2, 4) if SOAK else (2,))

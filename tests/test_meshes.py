@@ -1,0 +1,123 @@
+"""Whole runs on eight pretended devices come to what one device comes to, on any mesh, and go on on another number of devices."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from small_runs import assert_close, command, load_state, start
+
+pytestmark = pytest.mark.usefixtures("compiled")
+SOAK = bool(os.environ.get("SOAK"))
+EIGHT = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"}
+KINDS = {  # what learns and in which order, with rollouts and evaluation
+    "lora, joint": ("generator.train=lora", "method=metatuner_j", "train.prompt_gradient=straight_through"),
+    "full, alternating": ("generator.train=full", "method=metatuner_i", "train.alternate_every=1", "hyper.network=trunk"),
+    "full, joint": ("generator.train=full", "method=metatuner_j"),
+    "lora, alternating": ("generator.train=lora", "method=metatuner_i", "train.alternate_every=1", "warmup.actor_steps=1"),
+}
+MESHES = {(8, 1, 1): ("lora, joint",), (1, 8, 1): ("full, alternating",), (2, 2, 2): ("lora, joint", "full, alternating")}
+if SOAK:
+    MESHES = dict.fromkeys([*MESHES, (4, 1, 2), (1, 4, 2), (2, 4, 1), (4, 2, 1)], tuple(KINDS))
+SETTINGS = ("train.batch_size=8", "train.learning_rate=1e-3")
+
+RUNS = "import json, sys; from experiments import run; sys.exit(max(run.main(arguments) for arguments in json.loads(sys.argv[1])))"
+
+
+def settings_of(kind, mesh=(1, 1, 1)):
+    return (*SETTINGS, *KINDS[kind], *(f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)))
+
+
+@pytest.fixture(scope="module")
+def alone(root, tmp_path_factory):
+    """folder(kind) of a run on one device."""
+    folders = {}
+
+    def folder(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("alone") / "run"
+            assert start(command(root, folders[kind], *settings_of(kind)))[0] == 0
+        return folders[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_mesh(root, tmp_path_factory):
+    """folders(mesh) of the runs of a mesh, by their kind, all in one process."""
+    found = {}
+
+    def folders(mesh):
+        if mesh not in found:
+            found[mesh] = {kind: tmp_path_factory.mktemp("mesh") / "run" for kind in MESHES[mesh]}
+            runs = [command(root, folder, *settings_of(kind, mesh)) for kind, folder in found[mesh].items()]
+            done = subprocess.run([sys.executable, "-c", RUNS, json.dumps(runs)], env=EIGHT, check=False, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+        return found[mesh]
+
+    return folders
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_run_on_eight_devices_comes_to_what_one_comes_to(mesh, on_mesh, alone):
+    for kind, folder in on_mesh(mesh).items():
+        assert json.loads((folder / "config.json").read_text())["devices"]["count"] == 8
+        assert_close(folder, alone(kind))
+        here, there = (load_state(at, 4)["params"] for at in (folder, alone(kind)))
+        assert jax.tree.structure(here) == jax.tree.structure(there)
+        # Adam turns the rounding of a gradient near zero into a step of another sign, so the whole is compared, not each number.
+        jax.tree.map(lambda a, b: np.testing.assert_array_less(np.linalg.norm(a - b), 1e-4 * np.linalg.norm(b) + 1e-9), here, there)
+
+
+def test_a_run_goes_on_on_another_number_of_devices(on_mesh, alone, root, tmp_path):
+    folder, kind = tmp_path / "run", "full, alternating"
+    shutil.copytree(on_mesh((1, 8, 1))[kind], folder)
+    for path in (folder / "results.json", folder / "predictions.jsonl", folder / "checkpoint_sums" / "4.json"):
+        path.unlink()
+    shutil.rmtree(folder / "checkpoints" / "4")
+    code, output = start(command(root, folder, *settings_of(kind)))
+    assert code == 0 and "resuming at step 2 of 4" in output and "mesh.fsdp=1 (was 8)" in output
+    assert_close(folder, alone(kind))
+
+
+RESTORED = """
+import pathlib, sys
+import jax, numpy as np
+sys.path.insert(0, sys.argv[1])
+import conftest
+from metatuner_jax import checkpoint, sharding, train
+from metatuner_jax.config import MeshConfig
+
+setup = conftest.make_setup(generator={"train": "full"})
+state = train.init_state(setup, conftest.make_networks()(setup)[1])
+place = lambda shape: sharding.place(state, sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]))
+step, eight = 0, (2, 2, 2)
+
+def carried(source, target):
+    "Saves on one mesh and restores on another one."
+    global step
+    step += 1
+    checkpoints = checkpoint.Checkpoints(pathlib.Path(sys.argv[2]) / "checkpoints")
+    checkpoints.save(step, place(source), 0.0)
+    like = place(target)
+    found = checkpoints.restore(step, checkpoint.shapes(like))
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, found, like)))
+
+for other in ((1, 1, 1), (1, 2, 1), (2, 1, 2), (8, 1, 1), (1, 8, 1)):
+    carried(eight, other)
+    carried(other, eight)
+print("carried", step)
+"""
+
+
+def test_a_checkpoint_of_eight_devices_is_restored_on_fewer_and_back(tmp_path):
+    arguments = [sys.executable, "-c", RESTORED, str(pathlib.Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(arguments, env=EIGHT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("carried 10\n"), done.stderr[-2000:]
