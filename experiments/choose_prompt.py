@@ -22,9 +22,9 @@ def main(argv=None) -> int:
         path, _, assignments, _ = run.parse(argv)
         config = run.load_config(path, assignments)
         if source is None:
-            candidates = getattr(run.load_module(path), "PROMPTS", ())
+            candidates = getattr(run.load_module(path)[0], "PROMPTS", ())
         elif source.is_file():
-            candidates = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+            candidates = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         else:
             raise run.Mistake(f"--prompts={source} is no file: name one with a prompt a line")
         if not candidates:

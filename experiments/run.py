@@ -119,8 +119,13 @@ def parse(argv):
     options, assignments = read_arguments(argv, ("--config", "--workdir", *OF_PROCESSES))
     if "--config" not in options:
         raise Mistake("--config is missing: name a file such as experiments/configs/quickstart.py")
+    for name, value in options.items():
+        if not value:
+            raise Mistake(f"argument {name} needs a value: {name}=VALUE")
+        if "\0" in value:
+            raise Mistake(f"{name}={config_lib.short(value)} holds a NUL, which no name of a file has: take it out")
     path = pathlib.Path(options["--config"])
-    return path, pathlib.Path(options.get("--workdir") or f"runs/{path.stem}"), assignments, parse_processes(options)
+    return path, pathlib.Path(options.get("--workdir", f"runs/{path.stem}")), assignments, parse_processes(options)
 
 
 OF_PROCESSES = ("--coordinator", "--num_processes", "--process_id")
@@ -149,8 +154,10 @@ def parse_processes(options) -> dict:
 def read_arguments(argv, names, flags=()):
     """Returns ({name: text}, [(dotted key, text)]): the options, and the settings given as --config.KEY; a flag's text is empty.
 
+    Of a setting that is given several times the last one counts.
+
     Raises:
-      Mistake: an argument is unknown or lacks its value.
+      Mistake: an argument is unknown, lacks its value, or is an option that is given twice.
     """
     options, assignments = {}, []
     words = list(argv)
@@ -162,12 +169,14 @@ def read_arguments(argv, names, flags=()):
             continue
         if name not in names and not name.startswith("--config."):
             near = difflib.get_close_matches(name, [*names, *flags, "--help"], n=1)
-            raise Mistake(f"argument {word!r} is unknown{f'; did you mean {near[0]}?' if near else ''}; see --help")
+            raise Mistake(f"argument {config_lib.short(word)} is unknown{f'; did you mean {near[0]}?' if near else ''}; see --help")
         if not equals:
             if not words:
                 raise Mistake(f"argument {name} needs a value: {name}=VALUE")
             value = words.pop(0)
         if name in names:
+            if name in options:
+                raise Mistake(f"argument {name} is given twice: give it once")
             options[name] = value
         else:
             assignments.append((name.removeprefix("--config."), value))
@@ -176,9 +185,11 @@ def read_arguments(argv, names, flags=()):
 
 def load_config(path, assignments) -> config_lib.Config:
     """Returns the checked config of a file with the command line's settings."""
-    given = load_module(path).get_config()
-    # Through the dataclasses and back: the file's tree may lack a section or hold a number in its place.
-    tree = config_lib.to_tree(given if isinstance(given, config_lib.Config) else config_lib.from_tree(given))
+    _, given = load_module(path)
+    try:  # through the dataclasses and back: the file's tree may lack a section or hold a number in its place
+        tree = config_lib.to_tree(given if isinstance(given, config_lib.Config) else config_lib.from_tree(given))
+    except ValueError as error:
+        raise Mistake(f"--config={path}: {error}") from None
     config_lib.override(tree, assignments)
     config = config_lib.from_tree(tree)
     config_lib.check(config)
@@ -186,7 +197,7 @@ def load_config(path, assignments) -> config_lib.Config:
 
 
 def load_module(path):
-    """Returns the module of a config file, whose get_config works."""
+    """Returns the module of a config file, and what its get_config returns."""
     if not path.is_file():
         raise Mistake(f"--config={path} is no file: name a Python file with get_config(), such as experiments/configs/quickstart.py")
     spec = importlib.util.spec_from_file_location("run_config", path)
@@ -194,11 +205,21 @@ def load_module(path):
         raise Mistake(f"--config={path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        module.get_config()
-    except Exception as error:  # the file is the user's own code
-        raise Mistake(f"--config={path} could not be read: {type(error).__name__}: {error}") from None
-    return module
+        with _no_bytecode():
+            spec.loader.exec_module(module)
+        return module, module.get_config()
+    except (Exception, SystemExit) as error:  # the file is the user's own code
+        raise Mistake(f"--config={path} could not be read: {type(error).__name__}: {error}; mend it, or name another file") from None
+
+
+@contextlib.contextmanager
+def _no_bytecode():
+    """Has Python leave no __pycache__ beside what it imports while this is entered."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _text(value):
@@ -277,6 +298,7 @@ def prepare(config, dtype=None) -> Job:
     from metatuner_jax import data, pretrained, product, sharding
     from metatuner_jax.generator import Setup
 
+    devices = find_devices()
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=dtype or processes.group.from_first(product.fastest_dtype))
 
@@ -294,7 +316,7 @@ def prepare(config, dtype=None) -> Job:
     initial_prompt = config.task.initial_prompt or task.initial_prompt
     vocab_size = min(generator.vocab_size, actor.vocab_size)
     generator, actor = (dataclasses.replace(model, vocab_size=vocab_size) for model in (generator, actor))
-    tokens = data.Tokens(tokenizer, vocab_size, config.generator.instruction)
+    tokens = of_model(config, "actor", lambda _: data.Tokens(tokenizer, vocab_size, config.generator.instruction))
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     rows, lengths, too_long = data.make_rows(tokens, config, initial_prompt, splits)
     highest = data.largest_id(rows, tokens)
@@ -309,7 +331,7 @@ def prepare(config, dtype=None) -> Job:
             f"task.num_test={config.task.num_test} leaves {len(rows['test'])} test row, and at least 2 are needed: the shuffled controls give "
             "each query another one's prompt; raise it, or give task.test more rows"
         )
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     ways = sharding.row_parts(mesh)
     for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if size % ways:
@@ -323,6 +345,17 @@ def prepare(config, dtype=None) -> Job:
             raise Mistake(f"process {other} has other data than process 0: {', '.join(changed)}; give all the same files and versions")
     setup = Setup(config, generator, actor, tokens.end_id, tokens.template.prefix)
     return Job(given, setup, task, tokens, rows, lengths, too_long, mesh)
+
+
+def find_devices():
+    """Returns jax's devices; raises Mistake where there are none of the kind that was asked for."""
+    import jax
+
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion of jax's own fails where cuda is asked for and not installed
+        asked, reason = os.environ.get("JAX_PLATFORMS", ""), str(error) or "not installed"
+        raise Mistake(f"JAX_PLATFORMS={asked}: jax finds no such device here ({reason}); unset it to take what is there, or set it to cpu") from None
 
 
 def check_saved(job, workdir, saved):
@@ -721,7 +754,7 @@ def read_json(path):
     """Returns the content of a JSON file of ours, None where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # RecursionError: brackets without end
         raise Mistake(f"{path} cannot be read ({error}): give another --workdir") from None
 
 

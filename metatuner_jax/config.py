@@ -305,6 +305,9 @@ def check(config: Config) -> None:
         )
     if config.task.initial_prompt is not None and not config.task.initial_prompt.strip():
         raise ValueError("task.initial_prompt='' must hold some words; none takes the task's own")
+    for key, value, _ in leaves(config):
+        if isinstance(value, int) and value >= 2**31:  # steps and rows are counted in 32 bits
+            raise ValueError(f"{key}={short(value)} must be below 2**31")
 
 
 def check_model(config: Config, generator: ModelConfig, actor: ModelConfig) -> None:
@@ -344,12 +347,21 @@ def projection_widths(model: ModelConfig, target: str) -> tuple[int, int]:
 
 def _one_of(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
+        raise ValueError(f"{name}={short(value)} is not one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def short(value) -> str:
+    """Returns a value as Python writes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def nearest(name, names) -> str:
     """Returns `; did you mean 'x'?`, or nothing where no name is near."""
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:120], list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -466,7 +478,7 @@ def _parse(name, kind, text):
             return tuple(word.strip(" '\"") for word in text.strip("()[] ").split(",") if word.strip(" '\""))
         return base(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{name}={text!r} must be {_describe(kind)}") from None
+        raise ValueError(f"{name}={short(text)} must be {_describe(kind)}") from None
 
 
 def _guess(text):
@@ -482,7 +494,7 @@ def _guess(text):
 
 def _build(cls, values, path):
     if not isinstance(values, dict):
-        raise ValueError(f"{path.rstrip('.') or 'config'}={values!r} must be a section of settings, not a single value")
+        raise ValueError(f"{path.rstrip('.') or 'config'}={short(values)} must be a section of settings, not a single value")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -497,7 +509,7 @@ def _build(cls, values, path):
 
 def _typed(name, kind, value):
     base, optional = _optional(kind)
-    wrong = ValueError(f"config.{name}={value!r} must be {_describe(kind)}")
+    wrong = ValueError(f"config.{name}={short(value)} must be {_describe(kind)}")
     if value is None:
         if optional:
             return None
@@ -508,10 +520,13 @@ def _typed(name, kind, value):
         return tuple(value)
     if typing.get_origin(base) is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"config.{name}={value!r} must be a dict")
+            raise ValueError(f"config.{name}={short(value)} must be a dict")
         return dict(value)
     if base is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise wrong from None
     if not isinstance(value, base) or (base is int and isinstance(value, bool)):
         raise wrong
     return value

@@ -57,6 +57,7 @@ class Tokens:
         self.tokenizer, self.instruction, self.vocab_size = tokenizer, instruction, vocab_size
         self.template = make_template(tokenizer)
         self.end_id = end_id(tokenizer)
+        encode_piece(tokenizer, "a")  # a tokenizer that cannot is refused here and not at the first row
 
     @functools.cached_property
     def allowed(self) -> np.ndarray:
@@ -83,7 +84,7 @@ class Tokens:
 
     def generator_ids(self, initial_prompt: str, query: str) -> tuple[list[int], list[bool]]:
         """Returns the generator's input for a query, and which of it are the query's own tokens."""
-        text = _render(self.tokenizer, f"Instruction:\n{_PROMPT}\nQuestion:\n{_QUERY}", self.instruction)
+        text = _with_system(self.tokenizer, self.instruction, f"Instruction:\n{_PROMPT}\nQuestion:\n{_QUERY}")
         start, rest = text.split(_PROMPT)
         between, end = rest.split(_QUERY)
         before = self.encode(start) + self.plain(initial_prompt) + self.encode(between)
@@ -105,9 +106,7 @@ class Tokens:
 
 def end_id(tokenizer) -> int:
     """Returns the token that ends a turn: the one that the template puts after an assistant's message, or else eos."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _QUERY}, {"role": "assistant", "content": _PROMPT}], tokenize=False
-    )
+    text = _render(tokenizer, [{"role": "user", "content": _QUERY}, {"role": "assistant", "content": _PROMPT}])
     after = tokenizer.encode(text.split(_PROMPT)[-1], add_special_tokens=False)
     if after and after[0] in tokenizer.all_special_ids:
         return after[0]
@@ -118,12 +117,7 @@ def end_id(tokenizer) -> int:
 
 def make_template(tokenizer) -> Template:
     """Returns the chat template's pieces with the prompt as system message or, where it takes none, before the user's turn."""
-    try:
-        text = _render(tokenizer, _QUERY, _PROMPT)
-    except Exception:  # a template raises what it likes where it does not know the role
-        text = ""
-    if _PROMPT not in text:
-        text = _render(tokenizer, f"{_PROMPT}\n\n{_QUERY}", None)
+    text = _with_system(tokenizer, _PROMPT, _QUERY)
     if text.count(_PROMPT) != 1 or text.count(_QUERY) != 1 or text.index(_PROMPT) > text.index(_QUERY):
         raise ValueError(
             "the chat template does not show the system message and then the user's message, once each: it cannot be used; "
@@ -141,19 +135,34 @@ def encode_piece(tokenizer, text: str, **settings) -> list[int]:
     character of its own, which is taken off again.
     """
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False, **settings)
-    if not tokenizer.convert_ids_to_tokens(encode("a"))[0].startswith("\N{LOWER ONE EIGHTH BLOCK}"):
+    letter = tokenizer.convert_ids_to_tokens(encode("a"))
+    if not letter:
+        raise ValueError("the tokenizer turns the letter a into no token at all: take the model's own tokenizer.json")
+    if not letter[0].startswith("\N{LOWER ONE EIGHTH BLOCK}"):
         return encode(text)
     return encode("\x02" + text)[len(encode("\x02")) :]
 
 
-def _render(tokenizer, user, system):
-    messages = [{"role": "user", "content": user}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+def _with_system(tokenizer, system, user):
+    """Returns the text of the messages up to the answer, the system's before the user's words where the template takes no such role."""
+    answer = {"add_generation_prompt": True}
+    try:
+        text = _render(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": user}], **answer)
+    except ValueError:  # a template raises what it likes where it does not know the role
+        text = None
+    if text is not None and system.strip() in text:
+        return text
+    return _render(tokenizer, [{"role": "user", "content": f"{system}\n\n{user}"}], **answer)
+
+
+def _render(tokenizer, messages, **settings):
     # Thinking models (Qwen3) open an empty thought when told not to think; Llama 3 would write today's date. Others ignore the words.
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, date_string="26 Jul 2024"
-    )
+    words = {"enable_thinking": False, "date_string": "26 Jul 2024"} if settings else {}
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **settings, **words)
+    except Exception as error:  # a template is a program, and fails in as many ways
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"the chat template fails: {reason}; take another model, or mend chat_template in its folder") from error
 
 
 # --- rows ---
@@ -217,7 +226,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
 def largest_id(rows: dict[str, Rows], tokens: Tokens) -> int:
     """Returns the largest token id that a run reads."""
     parts = [getattr(part, name) for part in rows.values() for name in ("generator", "query", "answer", "initial")]
-    return max(int(np.max(part)) for part in [*parts, np.array(tokens.template.prefix)])
+    return max(int(np.max(part, initial=0)) for part in [*parts, np.array(tokens.template.prefix, np.int32)])
 
 
 def digest(rows: dict[str, Rows]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metatuner_jax.config import ModelConfig, nearest
+from metatuner_jax.config import short as _short
 
 FAMILIES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
@@ -193,16 +194,17 @@ def _config_of_folder(folder):
         raise ValueError(f"{where}: {field}={_short(value)} is not supported: {why}")
 
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         refuse("model_type", family, f"only {', '.join(FAMILIES)}")
     # A class of the same family with other tensors or another mask (classifiers, encoders) is not a language model.
-    if raw.get("architectures") and FAMILIES[family] not in raw["architectures"]:
-        refuse("architectures", raw["architectures"], f"only {FAMILIES[family]}")
-    code = [name for name in raw.get("auto_map") or {} if name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")]
-    if code:
-        refuse("auto_map", raw["auto_map"], "code that comes with a model is never run")
+    architectures, code = raw.get("architectures"), raw.get("auto_map")
+    if architectures and (not isinstance(architectures, list) or FAMILIES[family] not in architectures):
+        refuse("architectures", architectures, f"only {FAMILIES[family]}")
+    if code and (not isinstance(code, dict) or {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} & set(code)):
+        refuse("auto_map", code, "code that comes with a model is never run")
     if raw.get("quantization_config") is not None:
         refuse("quantization_config", raw["quantization_config"], "take the unquantised weights, or a GGUF file")
+    _check_sizes(where, {name: raw[name] for name in (*_SIZES, "head_dim") if raw.get(name) is not None})  # before lists as long are made
 
     transformers = _transformers()
     try:
@@ -213,6 +215,8 @@ def _config_of_folder(folder):
     def value(field, default=None):
         return getattr(config, field, default)
 
+    _check_sizes(where, {name: value(name) for name in _SIZES})
+    _check_positive(where, {"rms_norm_eps": value("rms_norm_eps")})
     if value("hidden_act") != "silu":
         refuse("hidden_act", value("hidden_act"), "only 'silu'")
     if family != "qwen2" and value("attention_bias"):  # Qwen2's code does not look at the field: q, k and v always have one
@@ -226,6 +230,9 @@ def _config_of_folder(folder):
     if head_width % 2:
         refuse("head_dim", head_width, "rotary positions need an even width")
     theta, scaling = _rope_of(config, refuse)
+    window = _window_of(config, family, refuse)
+    _check_positive(where, {"rope_theta": theta, **{f"rope_parameters[{i}]": number for i, number in enumerate(scaling or ())}})
+    _check_sizes(where, {} if window is None else {"sliding_window": window})
     return ModelConfig(
         family=family,
         vocab_size=config.vocab_size,
@@ -235,15 +242,36 @@ def _config_of_folder(folder):
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_width=head_width,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=float(theta),
+        rope_scaling=scaling and tuple(map(float, scaling)),
         norm_eps=config.rms_norm_eps,
         tied=bool(config.tie_word_embeddings),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        sliding_window=_window_of(config, family, refuse),
+        sliding_window=window,
         max_positions=config.max_position_embeddings,
     )
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+_MOST_LAYERS = 10_000
+
+
+def _check_sizes(where, sizes):
+    """Raises ValueError for the first size that is no whole number above 0, or far above what any model has."""
+    for name, value in sizes.items():
+        most = _MOST_LAYERS if name.rsplit(".", 1)[-1] in ("num_hidden_layers", "block_count") else 2**31 - 1
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(f"{where}: {name}={_short(value)} must be a whole number of at least 1 and at most {most}: take the model's own file")
+
+
+def _check_positive(where, numbers):
+    """Raises ValueError for the first that is no finite number above 0."""
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise ValueError(f"{where}: {name}={_short(value)} must be a finite number above 0: take the model's own file")
 
 
 def _rope_of(config, refuse):
@@ -259,7 +287,7 @@ def _rope_of(config, refuse):
     if rope.get("mrope_section") is not None:
         refuse("mrope_section", rope["mrope_section"], "only one position a token")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(rope["rope_theta"])
+    theta = rope["rope_theta"]
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -268,7 +296,7 @@ def _rope_of(config, refuse):
     missing = [name for name in names if rope.get(name) is None]
     if missing:
         refuse("rope_parameters", rope, f"rope_type 'llama3' needs {', '.join(missing)}")
-    return theta, tuple(float(rope[name]) for name in names)
+    return theta, tuple(rope[name] for name in names)
 
 
 def _window_of(config, family, refuse):
@@ -425,7 +453,8 @@ def _check_tensors(config, tensors, leaves, where):
     }
     found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
     if found:
-        raise ValueError(f"{where}: the tensors are not those of this {config.family} model; " + "; ".join(found))
+        found = "; ".join(found)
+        raise ValueError(f"{where}: the tensors are not those of this {config.family} model; {found}: take config.json and weights of one model")
 
 
 def _some(names, most=6):
@@ -441,10 +470,12 @@ def _open_safetensors(folder, stack):
         of_name = _read_json(folder, index.name).get("weight_map")
         if not isinstance(of_name, dict) or not of_name:
             raise ValueError(f"{index} has no weight_map")
+        if not all(isinstance(name, str) for name in of_name.values()):
+            raise ValueError(f"{index} has a weight_map that holds something else than names of files: take the model's own")
         files = sorted(set(of_name.values()))
         outside = [name for name in files if pathlib.PurePath(name).name != name]
         if outside:
-            raise ValueError(f"{index} names files outside its folder: {_some(outside)}")
+            raise ValueError(f"{index} names files outside its folder: {_some(outside)}; take the model's own")
     elif (folder / "model.safetensors").is_file():
         of_name, files = None, ["model.safetensors"]
     else:
@@ -463,7 +494,7 @@ def _open_safetensors(folder, stack):
         try:
             opened = stack.enter_context(safetensors.safe_open(folder / file, "np"))
         except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / file} is not a whole safetensors file: {_one_line(error)}") from error
+            raise ValueError(f"{folder / file} is not a whole safetensors file: {_one_line(error)}; fetch it again") from error
         for name in sorted(opened.keys()):
             if name in tensors:
                 raise ValueError(f"{folder}: tensor {name} is in {file} and in another file too")
@@ -503,12 +534,21 @@ class _Gguf:
 def _read_gguf(path):
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            """As it was, but that the plain reader gives what there is, and goes on for as long as a wrong count says."""
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}, and by its own numbers goes on to byte {_short(end)}")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        reader = gguf.GGUFReader(path)
+        with np.errstate(over="raise"):  # sizes and places whose sum or product is beyond 64 bits
+            reader = Reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         return _Gguf(fields, {tensor.name: tensor for tensor in reader.tensors})
-    except Exception as error:  # the reader checks little: a cut or foreign file fails in many ways
-        raise ValueError(f"{path} is not a whole GGUF file: {_one_line(error)}") from error
+    except Exception as error:  # the reader checks little: a foreign file fails in many ways
+        raise ValueError(f"{path} is not a whole GGUF file: {_one_line(error)}; fetch it again, or name another one") from error
 
 
 def _config_of_gguf(path, file):
@@ -530,8 +570,20 @@ def _config_of_gguf(path, file):
             found = found[0]
         return found
 
-    width, heads = value("embedding_length"), value("attention.head_count")
-    head_width = value("attention.key_length", width // heads)
+    def size(name, default=None):
+        found = value(name, default)
+        _check_sizes(path, {f"{family}.{name}": found})
+        return found
+
+    def number(name, default=None):
+        found = value(name, default)
+        _check_positive(path, {f"{family}.{name}": found})
+        return found
+
+    width, heads = size("embedding_length"), size("attention.head_count")
+    kv_heads, head_width = size("attention.head_count_kv", heads), size("attention.key_length", width // heads)
+    if heads % kv_heads:
+        refuse(f"{family}.attention.head_count_kv", kv_heads, f"it must divide {family}.attention.head_count={heads}")
     plain = {  # what our layers do; anything else is refused
         "attention.value_length": head_width, "rope.dimension_count": head_width, "expert_count": 0, "rope.scaling.type": "none",
         "attention.causal": True, "logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "attention.scale": head_width**-0.5,
@@ -539,28 +591,32 @@ def _config_of_gguf(path, file):
     }  # fmt: skip
     for name, expected in plain.items():
         found = value(name, expected)
-        if found != expected and not (isinstance(expected, float) and abs(found - expected) < 1e-6):
+        near = isinstance(expected, float) and isinstance(found, (int, float)) and abs(found - expected) < 1e-6
+        if found != expected and not near:
             refuse(f"{family}.{name}", found, f"only {expected!r}")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path} lacks the tensor token_embd.weight")
-    theta = float(value("rope.freq_base", 10000.0))
+    embedding = [int(n) for n in file.tensors["token_embd.weight"].shape]
+    if len(embedding) != 2:
+        refuse("token_embd.weight", embedding, "it must be a table of tokens and their vectors")
+    theta = float(number("rope.freq_base", 10000.0))
     return ModelConfig(
         family=family,
-        vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
-        num_layers=value("block_count"),
+        vocab_size=embedding[1],
+        num_layers=size("block_count"),
         width=width,
-        ff_width=value("feed_forward_length"),
+        ff_width=size("feed_forward_length"),
         num_heads=heads,
-        num_kv_heads=value("attention.head_count_kv", heads),
+        num_kv_heads=kv_heads,
         head_width=head_width,
         rope_theta=theta,
         rope_scaling=_rope_scaling_of_gguf(path, file, theta, head_width),
-        norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
+        norm_eps=_shortest(number("attention.layer_norm_rms_epsilon")),
         tied="output.weight" not in file.tensors,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         sliding_window=value("attention.sliding_window", 0) or None,
-        max_positions=value("context_length"),
+        max_positions=size("context_length"),
     )
 
 
@@ -673,11 +729,13 @@ def load_tokenizer(spec):
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
             raise ValueError(f"{path} has no tokenizer.json")
-        _read_json(path, "tokenizer.json")  # an error of the Rust reader does not say which file
+        _read_json(path, "tokenizer.json")  # transformers' errors do not say which file
+        if (path / "tokenizer_config.json").exists():
+            _read_json(path, "tokenizer_config.json")
         try:
             tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(path)
         except Exception as error:
-            raise ValueError(f"{path}: the tokenizer cannot be read: {_one_line(error)}") from error
+            raise ValueError(f"{path}: the tokenizer cannot be read: {_one_line(error)}; take the model's own tokenizer files") from error
     else:
         tokenizer = _tokenizer_of_gguf(path, _read_gguf(path))
     template = tokenizer.chat_template
@@ -742,15 +800,22 @@ def _tokenizer_of_gguf(path, file):
     pre = field("pre")
     if pre not in _PRE_TOKENIZERS:
         raise ValueError(f"{path}: tokenizer.ggml.pre={pre!r} is not supported: only {', '.join(_PRE_TOKENIZERS)}")
-    for name in ("tokens", "token_type", "merges"):
+    for name, kind in (("tokens", str), ("token_type", int), ("merges", str)):
         if not field(name):
             raise ValueError(f"{path} lacks the field tokenizer.ggml.{name}")
+        if not isinstance(field(name), list) or not all(isinstance(item, kind) for item in field(name)):
+            raise ValueError(f"{path}: tokenizer.ggml.{name}={_short(field(name))} must be a list of {kind.__name__}")
     tokens, kinds = list(field("tokens")), list(field("token_type"))
+    if len(kinds) != len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.token_type has {len(kinds)} items for {len(tokens)} tokens")
     while kinds and kinds[len(tokens) - 1] == _UNUSED:  # rows that pad the embedding are no part of the vocabulary
         tokens.pop()
     merges = [tuple(merge.split(" ")) for merge in field("merges")]
     is_llama3 = pre == "llama-bpe"
-    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=is_llama3)
+    try:
+        model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=is_llama3)
+    except Exception as error:  # merges that are no pairs, or of unknown tokens
+        raise ValueError(f"{path}: tokenizer.ggml.merges do not suit tokenizer.ggml.tokens: {_one_line(error)}") from error
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.add_special_tokens(
         [tokenizers.AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, kinds) if kind == _CONTROL]
@@ -776,8 +841,8 @@ def _tokenizer_of_gguf(path, file):
     special = {}
     for name in ("bos", "eos", "unknown", "padding"):
         i = field(f"{name}_token_id")
-        if i is not None and not 0 <= i < len(tokens):
-            raise ValueError(f"{path}: tokenizer.ggml.{name}_token_id={i} lies beyond the vocabulary of {len(tokens)}")
+        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
+            raise ValueError(f"{path}: tokenizer.ggml.{name}_token_id={_short(i)} lies beyond the vocabulary of {len(tokens)}")
         special[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = None if i is None else tokens[i]
     # llama.cpp puts the start token first for Llama 3 unless told not to, as its tokenizer.json does.
     if field("add_bos_token", is_llama3) and special["bos_token"] is not None:
@@ -809,16 +874,13 @@ def _read_json(folder, name):
         raise ValueError(f"{folder} has no {name}: add the model's own, or name a folder laid out as on the hub")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return tree
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _one_line(error):

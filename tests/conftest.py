@@ -30,7 +30,7 @@ with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotat
 
 from small_runs import write_rows
 
-from metatuner_jax import config, generator, methods, transformer
+from metatuner_jax import config, generator, methods, pretrained, transformer
 
 WORDS = "zero one two three four five six seven eight nine reverse the list of words say in order question instruction".split()  # noqa: SIM905
 
@@ -148,6 +148,12 @@ def root(tmp_path_factory, tiny_model):
     save_model(folder / "short_window", max_position_embeddings=40)
     save_model(folder / "larger", seed=1, hidden_size=32, num_hidden_layers=2)
     return folder
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test where a model's weights are loaded."""
+    monkeypatch.setattr(pretrained, "load", lambda *args, **kwargs: pytest.fail("weights were loaded"))
 
 
 # --- the same in memory, for tests of single parts: sizes all different ---

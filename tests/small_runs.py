@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -105,3 +106,18 @@ def load_state(folder, step):
     leaves = ocp.StandardCheckpointHandler().metadata(place).tree
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
     return ocp.PyTreeCheckpointer().restore(place, args=ocp.args.PyTreeRestore(restore_args=how))
+
+
+def snapshot(folder):
+    """Returns the content and time of everything in a folder; of a link, where it leads."""
+
+    def content(path):
+        return os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+
+    return {str(path): (path.lstat().st_mtime_ns, content(path)) for path in sorted(folder.rglob("*"))}
+
+
+def assert_one_line(error, *texts):
+    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1, error
+    for text in texts:
+        assert text in error

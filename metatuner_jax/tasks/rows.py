@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from metatuner_jax import config
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+MAX_LINE_BYTES = 2**24  # a longer line is a mistake, which would take minutes and gigabytes to find out about later
+MAX_CHARS = 2**20  # of one value
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -42,6 +44,8 @@ def check_source(name: str, source: str) -> None:
     if os.path.exists(source):
         if not source.lower().endswith(SUFFIXES):
             raise ValueError(f"{name}={source!r} is not of a known kind: it must end in one of {', '.join(SUFFIXES)}")
+        if not os.path.isfile(source):  # a pipe or a device, which may never end
+            raise ValueError(f"{name}={source!r} is neither a file nor a folder: copy what it holds into a file")
         return
     if source.lower().endswith(SUFFIXES) or not _HUB_ID.fullmatch(source):
         raise ValueError(f"{name}={source!r}: no such file or folder, nor of the shape owner/name of a hub id")
@@ -88,11 +92,14 @@ def text(row: Row, field: str, way_out: str) -> str:
         shown = json.dumps(value, default=str)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         shown = f"{shown} ({type(value).__name__})"
-        raise ValueError(f'{row.where}: field {field!r} is {shown}, not text: write it in quotes, such as "42"')
+        instead = "fill it or leave the row out" if value is None else 'write it in quotes, such as "42"'
+        raise ValueError(f"{row.where}: field {field!r} is {shown}, not text: {instead}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{row.where}: field {field!r} holds half of a surrogate pair, which is no character: remove it") from None
+    if len(value) > MAX_CHARS:
+        raise ValueError(f"{row.where}: field {field!r} has {len(value)} characters, above {MAX_CHARS}: shorten it or leave the row out")
     if not value.strip():
         raise ValueError(f"{row.where}: field {field!r} is empty: fill it or leave the row out")
     return value.strip()
@@ -103,19 +110,24 @@ def _read_file(path):
     try:
         yield from {"csv": _read_csv, "parquet": _read_parquet}.get(kind, _read_json_lines)(path)
     except (OSError, EOFError, zlib.error) as error:  # EOFError and zlib.error: a gzip file that was cut short or damaged
-        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be read: {_one_line(error)}; name a whole file that you may read") from None
 
 
 def _lines(path):
     """Yields (number, text) of the lines of a UTF-8 file, the numbers from 1, with their line ends."""
     with gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes: shorten it or leave it out")
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8"
                 ) from None
+            if "\0" in decoded:
+                raise ValueError(f"{path}:{number}: the line holds NUL bytes, as UTF-16 does and no text: save the file as UTF-8")
+            yield number, decoded
 
 
 def _read_json_lines(path):
@@ -123,13 +135,22 @@ def _read_json_lines(path):
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            way_out = "; write one object a line, not one array" if line.lstrip().startswith("[") else ""
-            raise ValueError(f"{path}:{number}: not a line of JSON: {_one_line(error)}{way_out}") from None
+            way_out = "write one object a line, not one array" if line.lstrip().startswith("[") else "mend the line or leave it out"
+            raise ValueError(f"{path}:{number}: not a line of JSON: {_one_line(error)}; {way_out}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}:{number}: a {type(values).__name__}, not an object: write one {{...}} a line")
         yield Row(f"{path}:{number}", values)
+
+
+def _once(pairs):
+    """Returns an object of JSON, none of whose fields may occur twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(name for name, number in collections.Counter(name for name, _ in pairs).items() if number > 1)
+        raise ValueError(f"field {twice!r} occurs twice")
+    return values
 
 
 def _read_csv(path):
@@ -148,7 +169,8 @@ def _read_csv(path):
                 )
             yield Row(f"{path}:{reader.line_num}", dict(zip(header, values, strict=True)))
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not a line of CSV: {_one_line(error)}") from None
+        way_out = "shorten it" if "field limit" in str(error) else "mend its quotes"
+        raise ValueError(f"{path}:{reader.line_num}: not a line of CSV: {_one_line(error)}; {way_out}, or leave the row out") from None
 
 
 def _read_parquet(path):
@@ -157,7 +179,7 @@ def _read_parquet(path):
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file: {_one_line(error)}") from None
+        raise ValueError(f"{path}: not a Parquet file: {_one_line(error)}; write it anew, or as JSON Lines") from None
     for number, values in enumerate(table.to_pylist(), 1):
         yield Row(f"{path}:row {number}", values)
 
