@@ -659,7 +659,10 @@ def parse(arguments=None):
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--train", choices=["lora", "full"], default="lora", help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=["memory", "start", "torch_memory"], help=argparse.SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}; see --help\n")  # one line, and no usage before it
     given = parser.parse_args(arguments)
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"--out={given.out} is a file: name a folder")
     for name in given.parts:
         if name not in PARTS:
             parser.error(f"--parts: {name!r} is none of {', '.join(PARTS)}{config_lib.nearest(name, PARTS)}")

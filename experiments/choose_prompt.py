@@ -5,7 +5,6 @@
 The candidates are PROMPTS of the config file, or a file with one a line: --prompts FILE.
 """
 
-import pathlib
 import sys
 
 import numpy as np
@@ -15,27 +14,35 @@ from experiments import run
 
 def main(argv=None) -> int:
     """Prints each candidate's strict and flexible score, the best first (ties by the reference answers' likelihood); returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        source = pathlib.Path(argv.pop(argv.index("--prompts") + 1)) if "--prompts" in argv else None
-        argv = [word for word in argv if word != "--prompts"]
-        path, _, assignments, _ = run.parse(argv)
+        options, assignments = run.read_arguments(argv, ("--config", "--prompts"))
+        path = run.path_of(options, "--config")
         config = run.load_config(path, assignments)
-        if source is None:
-            candidates = getattr(run.load_module(path)[0], "PROMPTS", ())
-        elif source.is_file():
-            candidates = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if "--prompts" in options:
+            candidates = read_prompts(run.path_of(options, "--prompts"))
         else:
-            raise run.Mistake(f"--prompts={source} is no file: name one with a prompt a line")
+            candidates = getattr(run.load_module(path)[0], "PROMPTS", ())
         if not candidates:
             raise run.Mistake(f"--config={path} has no PROMPTS: add the candidates there, or give --prompts FILE")
         scores = sorted(score(config, candidates), reverse=True)
-    except (run.Mistake, ValueError, OSError, IndexError) as error:
+    except (run.Mistake, ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     for strict, flexible, likelihood, tokens, prompt in scores:
         print(f"strict {100 * strict:5.1f}%  flexible {100 * flexible:5.1f}%  log-likelihood {likelihood:6.3f}  {tokens} tokens  {prompt}")
     return 0
+
+
+def read_prompts(path):
+    """Returns the lines of a file that are not blank."""
+    if not path.is_file():
+        raise run.Mistake(f"--prompts={path} is no file: name one with a prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except ValueError as error:
+        raise run.Mistake(f"--prompts={path} is not UTF-8 ({error}): save it as UTF-8") from None
+    return [line for line in lines if line]
 
 
 def score(config, candidates):

@@ -177,9 +177,7 @@ def main(argv=None) -> int:
 
 def read_grid(options, given) -> Grid:
     """Returns what the arguments ask for; raises Mistake where they cannot be meant."""
-    if "--config" not in options:
-        raise run.Mistake("--config is missing: name a file such as experiments/configs/quickstart.py")
-    path = pathlib.Path(options["--config"])
+    path = run.path_of(options, "--config")
     taken = {"method": "--methods", "seed": "--seeds"} | ({"train.learning_rate": "--rates"} if "--rates" in options else {})
     for key, _ in given:
         if key in taken:
@@ -203,8 +201,8 @@ def read_grid(options, given) -> Grid:
             raise run.Mistake(f"--methods={options['--methods']}: a sweep is of one method")
         values = words(options, "--values", "", whole) or sweep_values(sweep, run.load_config(path, given))
         variants = tuple(Variant(f"{sweep}-{value}", methods[0], ((SWEEPS[sweep], value),)) for value in values)
-    workdir = pathlib.Path(options.get("--workdir") or f"runs/{f'sweep-{sweep}' if sweep else 'compare'}-{path.stem}")
-    publish = pathlib.Path(options["--publish"]) if "--publish" in options else None
+    workdir = run.path_of(options, "--workdir", f"runs/{f'sweep-{sweep}' if sweep else 'compare'}-{path.stem}")
+    publish = run.path_of(options, "--publish") if "--publish" in options else None
     if publish and publish.resolve() == workdir.resolve():
         raise run.Mistake(f"--publish={publish} is the --workdir: name another folder, such as results/{workdir.name}")
     search_seed = next((saved["seeds"][0] for saved in saved_grids(workdir, publish)), seeds[0])

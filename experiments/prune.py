@@ -23,10 +23,14 @@ def main(argv=None) -> int:
     parser.add_argument("--text", type=pathlib.Path, help="a file whose lines the layers' influence is measured on")
     parser.add_argument("--keep", type=layers, help="the layers to keep, counted from 0")
     parser.add_argument("--out", type=pathlib.Path, help="the folder to write; it must not be there yet")
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}; see --help\n")  # one line, and no usage before it
     given = parser.parse_args(argv)
     try:
         if given.text:
-            lines = [line for line in given.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = [line for line in given.text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"--text={given.text} is not UTF-8 ({error}): save it as UTF-8") from None
             if not lines:
                 raise ValueError(f"--text={given.text} has no lines of text")
             for layer, value in sorted(enumerate(influence(given.model, lines)), key=lambda pair: pair[1]):

@@ -117,15 +117,20 @@ def parse(argv):
       Mistake: an argument is unknown, or one is missing.
     """
     options, assignments = read_arguments(argv, ("--config", "--workdir", *OF_PROCESSES))
-    if "--config" not in options:
-        raise Mistake("--config is missing: name a file such as experiments/configs/quickstart.py")
-    for name, value in options.items():
-        if not value:
-            raise Mistake(f"argument {name} needs a value: {name}=VALUE")
-        if "\0" in value:
-            raise Mistake(f"{name}={config_lib.short(value)} holds a NUL, which no name of a file has: take it out")
-    path = pathlib.Path(options["--config"])
-    return path, pathlib.Path(options.get("--workdir", f"runs/{path.stem}")), assignments, parse_processes(options)
+    path = path_of(options, "--config")
+    return path, path_of(options, "--workdir", f"runs/{path.stem}"), assignments, parse_processes(options)
+
+
+def path_of(options, name, default=None):
+    """Returns the path that an option names; raises Mistake where it names none."""
+    value = options.get(name, default)
+    if value is None:
+        raise Mistake(f"{name} is missing: name a file such as experiments/configs/quickstart.py")
+    if not value:
+        raise Mistake(f"argument {name} needs a value: {name}=VALUE")
+    if "\0" in value:
+        raise Mistake(f"{name}={config_lib.short(value)} holds a NUL, which no name of a file has: take it out")
+    return pathlib.Path(value)
 
 
 OF_PROCESSES = ("--coordinator", "--num_processes", "--process_id")
