@@ -10,6 +10,7 @@ HUB = rows.Hub("DigitalLearningGmbH/MATH-lighteval", "default", {"train": 7500, 
 INITIAL_PROMPT = r"Solve the problem step by step. Put the final answer in \boxed{}, such as: \boxed{42}"
 SECONDS = 5.0
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_BARE = re.compile(r"[^$\n{}]+")  # \boxed 5$
 _MARK = re.compile(r"####|\banswer(?:\s+(?:is|should\s+be|would\s+be)\b(?P<denied>\s+not\b)?|\s*[:=])", re.IGNORECASE)
 # An expression that a problem asks to have worked on, such as that of "Simplify $\sqrt{50}$".
 _ASKED = re.compile(
@@ -76,18 +77,21 @@ def _verifier(seconds):
 
 def last_box(text: str) -> str | None:
     r"""Returns what the last whole \boxed{...} or \boxed x of a text holds, or None. A box that was cut off is none."""
+    opened, closed = [], {}  # each opening brace with the one that closes it, in one pass: boxes within boxes may go on and on
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ is no brace
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            closed[opened.pop()] = brace.start()
     for match in reversed(list(_BOX.finditer(text))):
-        rest = text[match.end() :]
-        if not rest.startswith("{"):
-            bare = re.match(r"[^$\n{}]+", rest)  # \boxed 5$
-            if bare and match[0][-1].isspace():
+        start = match.end()
+        if text.startswith("{", start):
+            if start in closed:
+                return text[start + 1 : closed[start]].strip()
+        elif match[0][-1].isspace():
+            bare = _BARE.match(text, start)
+            if bare:
                 return bare[0].strip().rstrip(".")
-            continue
-        depth = 0
-        for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ is no brace
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0 and brace[0] == "}":
-                return rest[1 : brace.start()].strip()
     return None
 
 

@@ -50,7 +50,8 @@ def score(text: str, example: Example) -> Score:
 
 # --- the chosen letter ---
 
-_OPEN = r"[\s*_`\"'“‘$:]*(?:\\(?:boxed|text|textbf)\{)*[(\[]?[*_]*"
+# Possessive: to give back marks that go on and on would take the square of their number in steps.
+_OPEN = r"[\s*_`\"'“‘$:]*+(?:\\(?:boxed|text|textbf)\{)*+[(\[]?[*_]*+"
 # "a man" and "I'd" are no letters; a lower-case "a" before a space is an article, and so is "A", but for "A because" and the like.
 _LETTER = r"(?<![\w'’])(?:[B-Db-d](?![\w'’-])|[Aa](?![\w'’-])(?![ \t]+(?!(?i:because|since|as|is|and|or|which|here|would)\b)[a-z]))"
 _KIND = r"(?i:answer|option|choice|letter)"

@@ -6,7 +6,7 @@ from metatuner_jax import config
 from metatuner_jax.tasks import Example, Score, Task, gsm8k, rows
 
 INITIAL_PROMPT = "Answer the question. Give only the answer, with no explanation."
-_NUMBER = re.compile(r"-?[0-9,]*\.?[0-9]+")
+_NUMBER = re.compile(r"-?[0-9,]*+(?:\.[0-9]++)?(?<=[0-9])")
 OPTIONS = {"question": "question", "answer": "answer", "metric": "exact_match", "config": None}
 
 
