@@ -372,6 +372,16 @@ DATA = {
     "a folder whose train file is empty": Case(
         ("task.train={at}/rows",), ("task.train='{at}/rows' holds no rows",), (file("rows/train.jsonl", ""), file("rows/test.jsonl", lines(row(1))))
     ),
+    "a folder with a README and a line cut off": Case(
+        ("task.train={at}/rows",), ("{at}/rows/train.jsonl:1: not a line of JSON",), (file("rows/README.md", "rows"), file("rows/train.jsonl", '{"q')), process=True
+    ),
+    "a README that names a file outside its folder": Case(
+        ("task.train={at}/rows",), ("task.train='{at}/rows': its README names ", "secret.jsonl, which is outside the folder: name that file in task.train"),
+        (
+            file("secret.jsonl", lines(row())), file("rows/train.jsonl", lines(row())),
+            file("rows/README.md", "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: ../secret.jsonl\n---\n"),
+        ),
+    ),
     "a folder without test rows": Case(
         ("task.test={at}/rows",), ("task.test='{at}/rows' has no split 'test': name its file, such as test.jsonl",), (file("rows/train.jsonl", lines(row())),)
     ),

@@ -4,6 +4,7 @@ import collections
 import csv
 import gzip
 import json
+import logging
 import os
 import random
 import re
@@ -188,6 +189,7 @@ def _read_folder(name, source, split, subset):
     """Returns the rows of the files that belong to the split by their names or by the folder's README."""
     import datasets
 
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # it warns of every README that says nothing of files
     try:  # the builder only finds the files; we read them, since its JSON and CSV readers guess types
         found = datasets.load_dataset_builder(source, subset).config.data_files or {}
     except Exception as error:  # the library raises a dozen kinds
@@ -196,6 +198,8 @@ def _read_folder(name, source, split, subset):
     if files is None:
         return None
     for path in files:
+        if not os.path.normpath(path).startswith(os.path.join(os.path.abspath(source), "")):  # as a README may say
+            raise ValueError(f"{name}={source!r}: its README names {path}, which is outside the folder: name that file in {name}")
         if not path.lower().endswith(SUFFIXES):
             raise ValueError(f"{name}={source!r}: {path} is not of a known kind: it must end in one of {', '.join(SUFFIXES)}")
     return [row for path in files for row in _read_file(path)]
