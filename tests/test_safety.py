@@ -13,6 +13,7 @@ import time
 import zipfile
 
 import pytest
+from conftest import CHAT_TEMPLATE
 from small_runs import assert_one_line, command, read_lines, snapshot, start, write_rows
 from test_bad_input import model, tokenizer
 
@@ -126,11 +127,11 @@ def test_the_library_is_not_imported_from_a_model_that_is_the_current_folder(arm
 TEMPLATES = (
     "{{ messages.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.system('touch MARK') }}",
-    "{{ raise_exception.__globals__ }}",
+    "{{ raise_exception.__globals__.keys() }}",
     "{{ strftime_now.__globals__.sys.modules.os.system('touch MARK') }}",
     "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
     "{{ (messages | map(attribute='__class__') | list)[0].mro() }}",
-    "{{ messages | attr('__class__') }}",
+    "{{ (messages | attr('__class__')).mro() }}",
     "{{ messages.append(1) }}",
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}{{ os.system('touch MARK') }}",
@@ -141,10 +142,11 @@ TEMPLATES = (
 def test_a_chat_template_reaches_nothing_outside_its_sandbox(template, root, tmp_path, capfd, no_weights):
     (tmp_path / "given").mkdir()
     model()(tmp_path / "given", root)
-    tokenizer(chat_template=template.replace("MARK", str(tmp_path / "mark")))(tmp_path / "given", root)
+    hostile = template.replace("MARK", str(tmp_path / "mark"))
+    tokenizer(chat_template=hostile + CHAT_TEMPLATE)(tmp_path / "given", root)  # which would do without the first part
     settings = [f"{role}.model={tmp_path}/given/model" for role in ("actor", "generator")]
     assert run.main(command(root, tmp_path / "run", *settings)) == 2
-    assert_one_line(capfd.readouterr().err, f"actor.model='{tmp_path}/given/model' cannot be used: the chat template ", "mend chat_template")
+    assert_one_line(capfd.readouterr().err, f"actor.model='{tmp_path}/given/model' cannot be used: the chat template fails: ", "mend chat_template")
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
@@ -208,12 +210,13 @@ def test_what_we_fetch_by_name_has_sums_in_the_source():
 
 # --- scores ---
 
-CHARS = 20_000  # far above what an answer of some hundred tokens has
+CHARS = 50_000  # far above what an answer of some hundred tokens has
 GOLD = Example("x", r"Simplify $\sqrt{50}$ and find $x+1$.", "5", "5", source="5")
 CHOICE = Example("x", "q", "A", "A", source=("the man", "b c", "d", "e f"))
 PLAIN = {
     "exact_match": (jsonl.exact_match, GOLD), "number": (jsonl.number, GOLD), "contains": (jsonl.contains, GOLD), "gsm8k": (gsm8k.score, GOLD),
     "hotpotqa": (hotpotqa.score, GOLD), "cosmosqa": (cosmosqa.score, CHOICE),
+    "the box of math": (lambda text, example: tasks.Score(float(competition_math.last_box(text) == example.reference), 0.0), GOLD),
 }  # fmt: skip
 REPEATED = (
     "a", "1", "0,", "1,111", "1/", "-", "$", "(", "[", "{", "}", '"', "**", "'", "_", " ", "\n", "the answer is ", "answer: ", "answer is not ", "A ",
@@ -235,7 +238,7 @@ def test_the_longest_answers_are_scored_in_seconds(name):
     for text in long_texts():
         began = time.monotonic()
         assert score(text, example).strict in (0, 1)
-        assert time.monotonic() - began < 2, text[:20]
+        assert time.monotonic() - began < 5, text[:20]
 
 
 def test_the_longest_answers_to_generated_tasks_are_scored_in_seconds():
@@ -244,7 +247,7 @@ def test_the_longest_answers_to_generated_tasks_are_scored_in_seconds():
         for text in long_texts():
             began = time.monotonic()
             task.score(text, task.train[0])
-            assert time.monotonic() - began < 2, text[:20]
+            assert time.monotonic() - began < 5, text[:20]
 
 
 @pytest.fixture
