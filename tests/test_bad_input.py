@@ -631,7 +631,11 @@ GGUF = {
     "an exabyte of fields": wrong_gguf(NOT_WHOLE, edit=at(16, "<Q", 2**60), process=True),
     "all bits of the counts set": wrong_gguf(NOT_WHOLE, edit=lambda content: content[:8] + b"\xff" * 16 + content[24:]),
     "a name of an exabyte": wrong_gguf(NOT_WHOLE, edit=at(24, "<Q", 2**60)),
-    "a list of an exabyte": wrong_gguf(NOT_WHOLE, edit=after(b"tokenizer.ggml.token_type", 8, "<Q", 2**60), process=True),
+    "a list of an exabyte": wrong_gguf(NOT_WHOLE, edit=after(b"tokenizer.ggml.token_type", 8, "<Q", 2**60)),
+    "a list of bytes of an exabyte": wrong_gguf(
+        NOT_WHOLE, process=True,
+        edit=lambda content: after(b"tokenizer.ggml.token_type", 8, "<Q", 2**60)(after(b"tokenizer.ggml.token_type", 4, "<I", 0)(content)),
+    ),
     "a list of strings of an exabyte": wrong_gguf(NOT_WHOLE, edit=after(b"tokenizer.ggml.tokens", 8, "<Q", 2**62)),
     "a field of an unknown kind": wrong_gguf(NOT_WHOLE, edit=after(b"llama.block_count", 0, "<I", 77)),
     "a tensor of an exabyte": wrong_gguf(NOT_WHOLE, edit=after(b"output_norm.weight", 4, "<Q", 2**60), process=True),
