@@ -137,7 +137,7 @@ def begun(change):
     """Returns what writes the folder of a run that was broken off before its first checkpoint, with a change in its config.json."""
 
     def make(folder, root):
-        path, _, assignments = run.parse(command(root, "run"))
+        path, _, assignments, _ = run.parse(command(root, "run"))
         job = run.prepare(run.load_config(path, assignments))
         content = {"config": run.plain(job.given), "resolved": run.plain(job.setup.config), "data": data.digest(job.rows)}
         change(content)
