@@ -111,7 +111,9 @@ def end_id(tokenizer) -> int:
     if after and after[0] in tokenizer.all_special_ids:
         return after[0]
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token, so no answer could end: set eos_token in tokenizer_config.json")
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no answer could end: set eos_token in tokenizer_config.json"
+        )
     return tokenizer.eos_token_id
 
 
@@ -120,7 +122,7 @@ def make_template(tokenizer) -> Template:
     text = _with_system(tokenizer, _PROMPT, _QUERY)
     if text.count(_PROMPT) != 1 or text.count(_QUERY) != 1 or text.index(_PROMPT) > text.index(_QUERY):
         raise ValueError(
-            "the chat template does not show the system message and then the user's message, once each: it cannot be used; "
+            f"{tokenizer.name_or_path}: the chat template does not show the system message and then the user's message, once each: it cannot be used; "
             "take another model, or mend chat_template in its folder"
         )
     prefix, rest = text.split(_PROMPT)
@@ -162,7 +164,9 @@ def _render(tokenizer, messages, **settings):
         return tokenizer.apply_chat_template(messages, tokenize=False, **settings, **words)
     except Exception as error:  # a template is a program, and fails in as many ways
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"the chat template fails: {reason}; take another model, or mend chat_template in its folder") from error
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the chat template fails: {reason}; take another model, or mend chat_template in its folder"
+        ) from error
 
 
 # --- rows ---

@@ -458,7 +458,8 @@ def _check_tensors(config, tensors, leaves, where):
 
 
 def _some(names, most=6):
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = [name if name.isprintable() and len(name) <= 120 else _short(name) for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _open_safetensors(folder, stack):
@@ -559,64 +560,63 @@ def _config_of_gguf(path, file):
     if family not in ("llama", "qwen2", "qwen3"):
         refuse("general.architecture", family, "only llama, qwen2 and qwen3")
 
-    def value(name, default=None):
+    def value(name, default=None, kind=int, least=1):
         name = f"{family}.{name}"
         if name not in file.fields and default is None:
-            raise ValueError(f"{path} lacks the field {name}")
+            raise ValueError(f"{path} lacks the field {name}: fetch it again, or take another conversion of the model")
         found = file.fields.get(name, default)
         if isinstance(found, list):  # one a layer
-            if len(set(found)) != 1:
+            if not found or any(one != found[0] for one in found):
                 refuse(name, found, "all layers must be alike")
             found = found[0]
+        if kind is int and (type(found) is not int or not least <= found < 2**31):
+            refuse(name, found, f"it must be a whole number of at least {least} and below 2**31")
+        if kind is float and (type(found) not in (int, float) or not 1e-30 < found < 1e30):
+            refuse(name, found, "it must be a number between 1e-30 and 1e30")
         return found
 
-    def size(name, default=None):
-        found = value(name, default)
-        _check_sizes(path, {f"{family}.{name}": found})
-        return found
-
-    def number(name, default=None):
-        found = value(name, default)
-        _check_positive(path, {f"{family}.{name}": found})
-        return found
-
-    width, heads = size("embedding_length"), size("attention.head_count")
-    kv_heads, head_width = size("attention.head_count_kv", heads), size("attention.key_length", width // heads)
+    width, heads = value("embedding_length"), value("attention.head_count")
+    kv_heads, head_width = value("attention.head_count_kv", heads), value("attention.key_length", max(width // heads, 1))
     if heads % kv_heads:
         refuse(f"{family}.attention.head_count_kv", kv_heads, f"it must divide {family}.attention.head_count={heads}")
+    if head_width % 2:
+        refuse(f"{family}.attention.key_length", head_width, "rotary positions need an even width")
     plain = {  # what our layers do; anything else is refused
         "attention.value_length": head_width, "rope.dimension_count": head_width, "expert_count": 0, "rope.scaling.type": "none",
         "attention.causal": True, "logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "attention.scale": head_width**-0.5,
         "attention.clamp_kqv": 0.0, "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "use_parallel_residual": False,
     }  # fmt: skip
     for name, expected in plain.items():
-        found = value(name, expected)
+        found = value(name, expected, kind=None)
         near = isinstance(expected, float) and isinstance(found, (int, float)) and abs(found - expected) < 1e-6
         if found != expected and not near:
             refuse(f"{family}.{name}", found, f"only {expected!r}")
+    num_layers = value("block_count")
+    if num_layers > len(file.tensors):
+        refuse(f"{family}.block_count", num_layers, f"the file holds {len(file.tensors)} tensors in all")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path} lacks the tensor token_embd.weight")
-    embedding = [int(n) for n in file.tensors["token_embd.weight"].shape]
-    if len(embedding) != 2:
-        refuse("token_embd.weight", embedding, "it must be a table of tokens and their vectors")
-    theta = float(number("rope.freq_base", 10000.0))
+    embedding = [int(n) for n in reversed(file.tensors["token_embd.weight"].shape)]
+    if len(embedding) != 2 or not embedding[0]:
+        raise ValueError(f"{path}: token_embd.weight has shape {embedding}, expected [tokens, {width}]")
+    theta = value("rope.freq_base", 10000.0, kind=float)
     return ModelConfig(
         family=family,
-        vocab_size=embedding[1],
-        num_layers=size("block_count"),
+        vocab_size=embedding[0],
+        num_layers=num_layers,
         width=width,
         ff_width=size("feed_forward_length"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_width=head_width,
-        rope_theta=theta,
+        rope_theta=float(theta),
         rope_scaling=_rope_scaling_of_gguf(path, file, theta, head_width),
-        norm_eps=_shortest(number("attention.layer_norm_rms_epsilon")),
+        norm_eps=_shortest(value("attention.layer_norm_rms_epsilon", kind=float)),
         tied="output.weight" not in file.tensors,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        sliding_window=value("attention.sliding_window", 0) or None,
-        max_positions=size("context_length"),
+        sliding_window=value("attention.sliding_window", 0, least=0) or None,
+        max_positions=value("context_length"),
     )
 
 
@@ -631,14 +631,16 @@ def _rope_scaling_of_gguf(path, file, theta, head_width):
         return None
     tensor = file.tensors["rope_freqs.weight"]
     found = _dequantise(path, tensor)
-    factor = float(np.max(found))
+    factor = float(np.max(found, initial=0.0))
     if factor == 1.0:
         return None
     low, high, original = _LLAMA3_BANDS
-    half = head_width // 2
-    turns = original * theta ** -(np.arange(half) / half) / (2 * np.pi)
-    keep = np.clip((turns - low) / (high - low), 0, 1)
-    if found.shape != (half,) or not np.allclose(found, 1 / (keep + (1 - keep) / factor), rtol=1e-3):
+    half, expected = head_width // 2, None
+    if found.shape == (half,) and 0 < factor < float("inf"):
+        turns = original * theta ** -(np.arange(half) / half) / (2 * np.pi)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        expected = 1 / (keep + (1 - keep) / factor)
+    if expected is None or not np.allclose(found, expected, rtol=1e-3):
         raise ValueError(f"{path}: rope_freqs.weight={_short(found.tolist())} is not supported: it is not Llama 3's scaling")
     return (factor, low, high, original)
 
@@ -670,7 +672,7 @@ def _dequantise(path, tensor):
     try:
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise ValueError(f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which cannot be read") from error
+        raise ValueError(f"{path}: tensor {_some([tensor.name])} has type {tensor.tensor_type.name}, which cannot be read") from error
     return array.reshape([int(n) for n in reversed(tensor.shape)])
 
 
@@ -738,6 +740,7 @@ def load_tokenizer(spec):
             raise ValueError(f"{path}: the tokenizer cannot be read: {_one_line(error)}; take the model's own tokenizer files") from error
     else:
         tokenizer = _tokenizer_of_gguf(path, _read_gguf(path))
+        tokenizer.name_or_path = str(path)  # as a folder's has it, for messages
     template = tokenizer.chat_template
     if not (template.get("default") if isinstance(template, dict) else template):
         raise ValueError(
@@ -789,33 +792,49 @@ def _without(tree, key):
 
 
 def _tokenizer_of_gguf(path, file):
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-
     def field(name, default=None):
         return file.fields.get(f"tokenizer.ggml.{name}", default)
 
+    def refuse(name, why):
+        raise ValueError(f"{path}: tokenizer.ggml.{name}={_short(field(name))} is not supported: {why}")
+
     if field("model") != "gpt2":
-        raise ValueError(f"{path}: tokenizer.ggml.model={field('model')!r} is not supported: only 'gpt2' (byte-level BPE)")
+        refuse("model", "only 'gpt2' (byte-level BPE)")
     pre = field("pre")
-    if pre not in _PRE_TOKENIZERS:
-        raise ValueError(f"{path}: tokenizer.ggml.pre={pre!r} is not supported: only {', '.join(_PRE_TOKENIZERS)}")
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
+        refuse("pre", f"only {', '.join(_PRE_TOKENIZERS)}")
     for name, kind in (("tokens", str), ("token_type", int), ("merges", str)):
         if not field(name):
-            raise ValueError(f"{path} lacks the field tokenizer.ggml.{name}")
-        if not isinstance(field(name), list) or not all(isinstance(item, kind) for item in field(name)):
-            raise ValueError(f"{path}: tokenizer.ggml.{name}={_short(field(name))} must be a list of {kind.__name__}")
+            raise ValueError(f"{path} lacks the field tokenizer.ggml.{name}: fetch it again, or take another conversion of the model")
+        if not isinstance(field(name), list) or any(type(one) is not kind for one in field(name)):
+            refuse(name, f"it must be a list of {'whole numbers' if kind is int else 'texts'}")
     tokens, kinds = list(field("tokens")), list(field("token_type"))
     if len(kinds) != len(tokens):
-        raise ValueError(f"{path}: tokenizer.ggml.token_type has {len(kinds)} items for {len(tokens)} tokens")
-    while kinds and kinds[len(tokens) - 1] == _UNUSED:  # rows that pad the embedding are no part of the vocabulary
+        refuse("token_type", f"it must have one entry for each of the {len(tokens)} tokens")
+    while tokens and kinds[len(tokens) - 1] == _UNUSED:  # rows that pad the embedding are no part of the vocabulary
         tokens.pop()
     merges = [tuple(merge.split(" ")) for merge in field("merges")]
-    is_llama3 = pre == "llama-bpe"
+    if any(len(merge) != 2 for merge in merges):
+        refuse("merges", "each must be two tokens with a space between")
+    for name in ("bos", "eos", "unknown", "padding"):
+        i = field(f"{name}_token_id")
+        if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
+            raise ValueError(f"{path}: tokenizer.ggml.{name}_token_id={_short(i)} lies beyond the vocabulary of {len(tokens)}")
+    template = file.fields.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path}: tokenizer.chat_template={_short(template)} is not supported: it must be text")
     try:
-        model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=is_llama3)
-    except Exception as error:  # merges that are no pairs, or of unknown tokens
-        raise ValueError(f"{path}: tokenizer.ggml.merges do not suit tokenizer.ggml.tokens: {_one_line(error)}") from error
+        return _make_tokenizer(field, pre, tokens, kinds, merges, template)
+    except Exception as error:  # what the library's own checks raise
+        raise ValueError(f"{path}: the tokenizer cannot be read: {_one_line(error)}") from error
+
+
+def _make_tokenizer(field, pre, tokens, kinds, merges, template):
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    is_llama3 = pre == "llama-bpe"
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=is_llama3)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.add_special_tokens(
         [tokenizers.AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, kinds) if kind == _CONTROL]
@@ -841,8 +860,6 @@ def _tokenizer_of_gguf(path, file):
     special = {}
     for name in ("bos", "eos", "unknown", "padding"):
         i = field(f"{name}_token_id")
-        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
-            raise ValueError(f"{path}: tokenizer.ggml.{name}_token_id={_short(i)} lies beyond the vocabulary of {len(tokens)}")
         special[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = None if i is None else tokens[i]
     # llama.cpp puts the start token first for Llama 3 unless told not to, as its tokenizer.json does.
     if field("add_bos_token", is_llama3) and special["bos_token"] is not None:
@@ -852,7 +869,7 @@ def _tokenizer_of_gguf(path, file):
         tokenizer_object=tokenizer,
         **{name: token for name, token in special.items() if token is not None},
         extra_special_tokens=[token for token, kind in zip(tokens, kinds) if kind == _CONTROL and token not in special.values()],
-        chat_template=file.fields.get("tokenizer.chat_template"),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 

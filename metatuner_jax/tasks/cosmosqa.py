@@ -50,17 +50,17 @@ def score(text: str, example: Example) -> Score:
 
 # --- the chosen letter ---
 
-# Possessive: to give back marks that go on and on would take the square of their number in steps.
-_OPEN = r"[\s*_`\"'“‘$:]*+(?:\\(?:boxed|text|textbf)\{)*+[(\[]?[*_]*+"
+# What is taken by *+ is not given back: else a text of a few hundred stars keeps the search busy for minutes.
+_OPEN = r"[\s*_`\"'“‘$:]*+(?:\\(?:boxed|text|textbf)\{)*+[(\[]?+[*_]*+"
 # "a man" and "I'd" are no letters; a lower-case "a" before a space is an article, and so is "A", but for "A because" and the like.
 _LETTER = r"(?<![\w'’])(?:[B-Db-d](?![\w'’-])|[Aa](?![\w'’-])(?![ \t]+(?!(?i:because|since|as|is|and|or|which|here|would)\b)[a-z]))"
 _KIND = r"(?i:answer|option|choice|letter)"
 _SURELY = r"(?:[ \t]+(?i:most[ \t]+likely|definitely|probably|likely|clearly|certainly|simply|indeed|therefore|thus|actually)\b)?"
-_IS = rf"(?:[ \t]+(?i:is|(?:would|should|must|has[ \t]+to)[ \t]+be)\b{_SURELY}[ \t:]*|[ \t*_]*:)"
+_IS = rf"(?:[ \t]+(?i:is|(?:would|should|must|has[ \t]+to)[ \t]+be)\b{_SURELY}[ \t:]*+|[ \t*_]*+:)"
 _TO_THE_QUESTION = r"(?:[ \t]+(?i:to|for)\b[^.\n]{0,80}?)?"
 _SAYS = [
-    rf"{_KIND}{_TO_THE_QUESTION}{_IS}{_OPEN}(?:(?i:the[ \t]+)?{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})",
-    rf"\b(?i:it)(?:['’]s\b{_SURELY}[ \t]*|{_IS}){_OPEN}(?:(?i:the[ \t]+)?{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})(?=[)\]*_\"'”’]*(?:[.,;:!]|$|[ \t]+(?i:because|since|as)\b))",
+    rf"{_KIND}{_TO_THE_QUESTION}{_IS}{_OPEN}(?:(?i:the[ \t]+)?{_KIND}[ \t]*+)?{_OPEN}(?P<x>{_LETTER})",
+    rf"\b(?i:it)(?:['’]s\b{_SURELY}[ \t]*+|{_IS}){_OPEN}(?:(?i:the[ \t]+)?{_KIND}[ \t]*+)?{_OPEN}(?P<x>{_LETTER})(?=[)\]*_\"'”’]*(?:[.,;:!]|$|[ \t]+(?i:because|since|as)\b))",
     rf"(?i:choose|pick|select|go[ \t]+with)[ \t]+(?:(?i:the[ \t]+)?{_KIND}[ \t]+)?{_OPEN}(?P<x>{_LETTER})",
     rf"(?P<x>{_LETTER})[)\]*_.\"'”’]*[ \t]+is[ \t]+(?:(?i:the|most|more)[ \t]+)*(?i:correct|right|best|likely|accurate)\b",
 ]
@@ -72,7 +72,7 @@ _MENTIONS = [
     rf"(?:\\boxed\{{|\*\*)[(\[]?(?P<x>{_LETTER})[)\]]?(?:\}}|[.:]?\*\*)",
 ]
 _NOT = re.compile(r"(?i:\bnot|n['’]t|\bnever|\bneither)\b(?:[ \t]+\w+){0,2}[ \t]*[*_\"'(\[]*$")
-_SECOND = re.compile(rf"[)\]*_.\"'”’}}]*[ \t]*(?:,|/|&|(?:,[ \t]*)?(?i:and|or)\b)[ \t]*(?:{_KIND}[ \t]*)?{_OPEN}(?P<x>{_LETTER})")
+_SECOND = re.compile(rf"[)\]*_.\"'”’}}]*[ \t]*(?:,|/|&|(?:,[ \t]*)?(?i:and|or)\b)[ \t]*(?:{_KIND}[ \t]*+)?{_OPEN}(?P<x>{_LETTER})")
 _DENIED = re.compile(
     r"[)\]*_.\"'”’}]*[ \t]+(?:is|are|was|can|could|does)(?:[ \t]+not\b|n['’]t\b|[ \t]+(?:incorrect|wrong|false)\b)"
 )

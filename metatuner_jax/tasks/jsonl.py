@@ -50,11 +50,11 @@ def exact_match(text: str, example: Example) -> Score:
 
 
 def number(text: str, example: Example) -> Score:
-    """Returns strict: the text, or what follows its last "####", is the number alone; flexible: the last number is it."""
+    """Returns strict: the text, or what follows its last "####", is the number alone or the reference; flexible: the last number is it."""
     gold = gsm8k.last_number(example.reference)
     final = text.rsplit("####", 1)[-1].strip()
     flexible = gsm8k.last_number(text) == gold
-    strict = final == example.reference or (bool(_NUMBER.fullmatch(final)) and gsm8k.last_number(final) == gold)
+    strict = example.reference in (final, text.strip()) or (bool(_NUMBER.fullmatch(final)) and gsm8k.last_number(final) == gold)
     return Score(float(strict), float(strict or flexible))
 
 

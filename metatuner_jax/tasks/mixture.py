@@ -74,6 +74,7 @@ def load(task: config.TaskConfig, seed: int) -> Task:
 
 def shares(total: int, weights: list[float]) -> list[int]:
     """Returns whole numbers that add up to `total`, in proportion to the weights; the largest remainders get what is left over."""
+    weights = [weight / max(weights) for weight in weights]  # of any size, and never too large to add up
     exact = [total * weight / sum(weights) for weight in weights]
     found = [int(value) for value in exact]
     order = sorted(range(len(weights)), key=lambda i: found[i] - exact[i])  # stable: the first of equals

@@ -16,14 +16,17 @@ NUM_TRAIN, NUM_TEST = 1000, 200
 OFFSETS = {"train": 0, "validation": 10**8, "test": 2 * 10**8}
 
 _ARITHMETIC = re.compile(r"(?:[0-9\s+\-/()]|(?<!\*)\*(?!\*))*")
-_FORMULA = re.compile(  # powers are small and never of one another, so that no answer can keep the parser busy
-    r"(?!(?:.*\)\s*\*\*){3})(?>\s|[0-9]++(?:\.[0-9]++)?|[a-zA-Z](?![a-zA-Z])|[-+/()]|\*(?!\*)|\*\*\s*[0-9]{1,2}(?![0-9.]|\s*\*\*)"
+# Powers are small and never of one another, and no number is such as 1e999999, so that no answer can keep the parser busy.
+_FORMULA = re.compile(
+    r"(?!(?:.*\)\s*\*\*){3})(?>\s|[0-9]++(?:\.[0-9]++)?(?![eE])|[a-zA-Z](?![a-zA-Z])|[-+/()]|\*(?!\*)|\*\*\s*[0-9]{1,2}(?![0-9.]|\s*\*\*)"
     r"|(?:sin|cos|tan|exp|log|sqrt|asin|acos|atan|sinh|cosh|tanh)(?=\())*+"
 )
-# Verifiers that run the answer as Python, by eval or by SymPy's parser, are shown nothing but such texts, and short ones.
+# Verifiers that run the answer as Python, by eval or by SymPy's parser, or make a fraction of it, which 1e999999 would take minutes to
+# be, are shown nothing but such texts, and short ones.
 _MAX_HARMLESS_CHARS = 300
 _HARMLESS = {
     "binary_matrix": re.compile(r"[0-9\s]*"),
+    "coin_flip": re.compile(r"[-+0-9\s./,]*"),
     "countdown": _ARITHMETIC,
     "intermediate_integration": _FORMULA,
     "n_queens": re.compile(r"[Q_\s]*"),
