@@ -1,4 +1,4 @@
-# make quickstart | test | smoke | parity | tpu | check | bench;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
+# make quickstart | test | smoke | parity | tpu | check | bench | soak;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
 VENV ?= .venv
@@ -8,7 +8,7 @@ endif
 BIN = $(VENV)/bin
 SOURCES = setup.cfg pyproject.toml
 
-.PHONY: quickstart test smoke parity tpu check bench clean
+.PHONY: quickstart test smoke parity tpu check bench soak clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart
@@ -37,6 +37,12 @@ check: $(VENV)/.installed-test
 # Every part of the work timed; `make bench BENCH="--against torch"` beside a reference in torch (pip install -e .[bench]).
 bench: $(VENV)/.installed
 	$(BIN)/python -m experiments.bench $(BENCH)
+
+# Many more examples of the properties, drawn anew, and five minutes of random files for each reader of other people's files.
+soak: $(VENV)/.installed-test
+	SOAK=1 $(BIN)/python -m pytest tests/test_properties.py
+	$(BIN)/python -m pip install --quiet atheris
+	for reader in gguf jsonl jsonl.gz csv; do $(BIN)/python tests/fuzz.py $$reader --minutes 5 || exit 1; done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -605,7 +605,7 @@ def _config_of_gguf(path, file):
         vocab_size=embedding[0],
         num_layers=num_layers,
         width=width,
-        ff_width=size("feed_forward_length"),
+        ff_width=value("feed_forward_length"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_width=head_width,

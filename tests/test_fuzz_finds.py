@@ -1,5 +1,6 @@
 """What fuzz.py and the properties have found, as small as it gets: bad files give one line that names them, bad texts a score, both soon."""
 
+import json
 import struct
 import time
 
@@ -9,7 +10,7 @@ import pytest
 from conftest import save_model
 from test_pretrained import GOLDEN, load_numpy, setting, write_gguf
 
-from metatuner_jax import data, pretrained
+from metatuner_jax import config, data, pretrained, tasks
 from metatuner_jax.tasks import Example, Score, competition_math, cosmosqa, jsonl, mixture
 
 
@@ -23,7 +24,7 @@ def refused(path, message, *readers):
         with pytest.raises(ValueError) as caught:
             read(path)
         assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
-        assert time.process_time() - start < 5
+        assert time.process_time() - start < 10  # what hung took minutes
 
 
 def tensor(name, array):
@@ -85,7 +86,15 @@ def test_a_list_longer_than_the_file_is_not_read_to_its_end(tmp_path, kind):
     refused(path, "is not a whole GGUF file: it ends before byte", pretrained.load_config, tokens_of, load_numpy)
 
 
-# --- templates and texts ---
+# --- rows, templates and texts ---
+
+
+def test_a_row_of_many_fields_is_refused_in_few_words(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({f"{'x' * i}{i}": i for i in range(3000)}))
+    task = config.TaskConfig("jsonl", str(path), num_validation=1, num_test=1)
+    refused(path, "no field 'question' among '0', 'x1', 'xx2'", lambda _: tasks.load(task, 0))
+    refused(path, "'xxxxxxxxxxxxxxxxxxx19' and 2980 more; name the right one in task.options.question", lambda _: tasks.load(task, 0))
 
 
 def test_the_meta_prompt_stands_before_the_users_turn_where_the_template_takes_no_system_message(tmp_path):
@@ -99,7 +108,7 @@ def test_texts_that_go_round_in_circles_are_soon_scored(text):
     start = time.process_time()
     assert cosmosqa.score(text, Example("x", "q", "A", "A", ("one", "two", "three", "four"))) == Score(0, 0)
     assert competition_math.last_box(text) is None
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 10  # what hung took minutes
 
 
 def test_a_reference_with_a_mark_of_its_own_is_right():

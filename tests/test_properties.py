@@ -73,7 +73,7 @@ def scored(score, text, example):
     """Returns the score, once it is seen to be one and to have come soon."""
     start = time.process_time()
     found = score(text, example)
-    assert time.process_time() - start < 3, repr(text)
+    assert time.process_time() - start < 10, repr(text)  # what hangs takes minutes
     assert 0 <= found.strict <= found.flexible <= 1 and found.strict in (0, 1)
     return found
 
@@ -154,15 +154,16 @@ def test_f1_is_symmetric_bounded_and_blind_to_order(words, others, data):
     assert found == float(a == b) or not special
 
 
-@given(text=TEXTS)
+@given(text=TEXTS | st.text("thean .-’"))
 def test_normalising_twice_is_normalising_once(text):
     assert hotpotqa.normalize(hotpotqa.normalize(text)) == hotpotqa.normalize(text)
 
 
-@given(text=TEXTS, other=TEXTS)
-def test_equality_is_symmetric(text, other):
-    a, b = text.strip() or "x", other.strip() or "y"
-    assert jsonl.exact_match(a, gold(b)) == jsonl.exact_match(b, gold(a))
+@given(text=TEXTS, other=TEXTS, more=st.sampled_from(["!", " a", "b", ".5"]))
+def test_equality_is_symmetric(text, other, more):
+    a = text.strip() or "x"
+    for b in (other.strip() or "y", a + more):
+        assert jsonl.exact_match(a, gold(b)) == jsonl.exact_match(b, gold(a))
 
 
 @given(number=NUMBERS, other=NUMBERS, before=st.sampled_from(["", "So she pays ", "It is: ", "#### ", "= "]), currency=st.sampled_from(["", "$", r"\$"]),
@@ -199,7 +200,7 @@ def test_a_choice_said_in_full_is_chosen_but_for_case_and_punctuation(choices, a
 BOXED = st.recursive(st.text("x12 +^\\,", max_size=5).map(lambda t: t.rstrip("\\")), lambda inner: st.lists(inner.map("{{{}}}".format) | inner, max_size=3).map("".join))
 
 
-@given(inside=BOXED, before=TEXTS, after=st.text("ab .$\n"), data=st.data())
+@given(inside=BOXED, before=TEXTS | st.just("First \\boxed{7}. No: "), after=st.text("ab .$\n"), data=st.data())
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.filter_too_much])
 def test_the_last_box_is_found_after_any_text_and_latex_spacing_makes_no_difference(math_score, inside, before, after, data):
     assume("\\{" not in inside and "\\}" not in inside and inside.strip())
@@ -514,6 +515,7 @@ ANYTHING = st.recursive(PLAIN | st.just(10**400) | st.binary(max_size=3), lambda
 
 
 @given(key=SOME_KEY.filter(bool) | KEYS, value=ANYTHING)
+@example("train.learning_rate", 10**400)
 def test_trees_with_anything_anywhere_are_taken_or_refused(key, value):
     tree = dataclasses.asdict(config.Config())
     *sections, leaf = key.split(".")

@@ -86,7 +86,8 @@ def text(row: Row, field: str, way_out: str) -> str:
       ValueError: the field is missing, is not text, or is empty.
     """
     if field not in row.values:
-        names = ", ".join(map(repr, row.values)) or "none"
+        names = ", ".join(repr(name)[:60] for name in [*row.values][:20]) or "none"
+        names += f" and {len(row.values) - 20} more" if len(row.values) > 20 else ""
         raise ValueError(f"{row.where}: no field {field!r} among {names}{config.nearest(field, row.values)}; {way_out}")
     value = row.values[field]
     if not isinstance(value, str):
