@@ -83,21 +83,20 @@ def make_gguf(content: bytes, path) -> None:
     draw = atheris.FuzzedDataProvider(content)
     fields, tensors = tiny_gguf()
     for _ in range(draw.ConsumeIntInRange(1, 3)):
-        of, name = (fields, draw.PickValueInList([*fields])) if fields and draw.ConsumeIntInRange(0, 3) else (tensors, "")
-        name = name or draw.PickValueInList([*tensors]) if tensors else "token_embd.weight"
-        text, number = draw.ConsumeUnicodeNoSurrogates(8), draw.ConsumeInt(8)
+        of = fields if draw.ConsumeIntInRange(0, 3) else tensors
+        name, text, number = draw.PickValueInList([*of, "x"]), draw.ConsumeUnicodeNoSurrogates(8), draw.ConsumeInt(8)
         numbers = [draw.ConsumeIntInRange(-2, 12) for _ in range(draw.ConsumeIntInRange(1, 12))]
         texts = [text, "a b", *[draw.ConsumeUnicodeNoSurrogates(3) for _ in numbers]]
         values = [text, number, numbers[0], draw.ConsumeFloat(), bool(number & 1), numbers, texts, [1.0, float("nan")], 2**31 - 1, 0, -1]
-        arrays = [np.zeros(numbers[:1] and (abs(numbers[0]) + 1), kind) for kind in ("f4", "i4", "f8", "f2")] + [np.zeros((2, 2, 2), "f4")]
-        value = draw.PickValueInList(values if of is fields else arrays)
-        kind = draw.ConsumeIntInRange(0, 5)
-        if kind == 0:
-            of.pop(name, None)
-        elif kind == 1 and isinstance(of.get(name), (list, str)):
-            of[name] = of[name][: numbers[0]] or of[name]
-        else:
-            of[name if kind else name.replace("llama", "qwen2") + text] = value
+        arrays = [np.full(abs(numbers[0]) + 1, number, kind) for kind in ("f4", "i8", "f8")] + [np.zeros((2, 2, 2), "f4")]
+        value, kind = draw.PickValueInList(values if of is fields else arrays), draw.ConsumeIntInRange(0, 5)
+        old = of.pop(name, value)
+        if kind == 1:  # renamed
+            of[name.replace("llama", "qwen2") + text * (of is tensors)] = old
+        elif kind == 2 and isinstance(old, list | str):  # cut
+            of[name] = old[: numbers[0]] or old
+        elif kind:
+            of[name] = value
     write_gguf(path, fields, tensors)
 
 

@@ -155,6 +155,7 @@ def test_f1_is_symmetric_bounded_and_blind_to_order(words, others, data):
 
 
 @given(text=TEXTS | st.text("thean .-’"))
+@example("tahe man")
 def test_normalising_twice_is_normalising_once(text):
     assert hotpotqa.normalize(hotpotqa.normalize(text)) == hotpotqa.normalize(text)
 
