@@ -647,7 +647,7 @@ GGUF = {
     "a text that is not UTF-8": wrong_gguf(NOT_WHOLE, edit=lambda content: content.replace(b"llama.context_length", b"llama.context_\xff\xff\xffgth")),
     "another architecture": wrong_gguf("general.architecture='phi3' is not supported", change=put(general__architecture="phi3")),
     "no number of layers": wrong_gguf("lacks the field llama.block_count", change=drop("llama.block_count")),
-    "a billion layers in GGUF": wrong_gguf("llama.block_count=1000000000", "at most", change=put(llama__block_count=10**9)),
+    "a billion layers in GGUF": wrong_gguf("llama.block_count=1000000000", "the file holds", change=put(llama__block_count=10**9)),
     "no layers": wrong_gguf("llama.block_count=0", "whole number", change=put(llama__block_count=0)),
     "layers that are text": wrong_gguf("llama.block_count='three'", "whole number", change=put(llama__block_count="three")),
     "a width that is text in GGUF": wrong_gguf("llama.embedding_length='wide'", "whole number", change=put(llama__embedding_length="wide")),
@@ -667,12 +667,12 @@ GGUF = {
     "tokens that are numbers": wrong_gguf("tokenizer.ggml.tokens", change=put(tokenizer__ggml__tokens=[1, 2])),
     "tokens that are one number": wrong_gguf("tokenizer.ggml.tokens", change=put(tokenizer__ggml__tokens=7)),
     "fewer kinds than tokens": wrong_gguf("tokenizer.ggml.token_type", change=put(tokenizer__ggml__token_type=[1, 1, 5])),
-    "merges of unknown tokens": wrong_gguf("merges", change=put(tokenizer__ggml__merges=["no such"]), process=True),
+    "merges of unknown tokens": wrong_gguf("the tokenizer cannot be read", "Token `no` out of vocabulary", change=put(tokenizer__ggml__merges=["no such"]), process=True),
     "merges of one part": wrong_gguf("merges", change=put(tokenizer__ggml__merges=["he"])),
     "an end token beyond the vocabulary": wrong_gguf("tokenizer.ggml.eos_token_id=9999 lies beyond the vocabulary", change=put(tokenizer__ggml__eos_token_id=9999)),
     "an end token that is text": wrong_gguf("tokenizer.ggml.eos_token_id='</s>'", change=put(tokenizer__ggml__eos_token_id="</s>")),
     "no chat template in GGUF": wrong_gguf("the tokenizer has no chat template", change=drop("tokenizer.chat_template")),
-    "a chat template that is a number in GGUF": wrong_gguf("the chat template", both=True, change=put(tokenizer__chat_template=3)),
+    "a chat template that is a number in GGUF": wrong_gguf("tokenizer.chat_template=3", "it must be text", both=True, change=put(tokenizer__chat_template=3)),
 }  # fmt: skip
 
 # --- run folders ---

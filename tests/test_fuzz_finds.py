@@ -70,7 +70,7 @@ def test_the_names_of_superfluous_tensors_stay_on_one_line(tmp_path):
         (setting("tokenizer.ggml.eos_token_id", "</s>"), "tokenizer.ggml.eos_token_id='</s>' lies beyond the vocabulary of 259"),
         (setting("tokenizer.ggml.pre", ["smollm"]), "tokenizer.ggml.pre=['smollm'] is not supported"),
         (setting("tokenizer.chat_template", 3), "tokenizer.chat_template=3 is not supported: it must be text"),
-        (setting("tokenizer.chat_template", "{% for %}"), "the chat template cannot be used: "),
+        (setting("tokenizer.chat_template", "{% for %}"), "the chat template fails: "),
         (setting("tokenizer.chat_template", "hello"), "the chat template does not show the system message"),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_list_longer_than_the_file_is_not_read_to_its_end(tmp_path, kind):
     path = tmp_path / "model.gguf"
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
     path.write_bytes(head + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, kind, 2**60) + b"\0" * 64)
-    refused(path, "is not a whole GGUF file: it ends before byte", pretrained.load_config, tokens_of, load_numpy)
+    refused(path, "is not a whole GGUF file: it ends at byte", pretrained.load_config, tokens_of, load_numpy)
 
 
 # --- rows, templates and texts ---

@@ -146,7 +146,7 @@ def test_a_chat_template_reaches_nothing_outside_its_sandbox(template, root, tmp
     tokenizer(chat_template=hostile + CHAT_TEMPLATE)(tmp_path / "given", root)  # which would do without the first part
     settings = [f"{role}.model={tmp_path}/given/model" for role in ("actor", "generator")]
     assert run.main(command(root, tmp_path / "run", *settings)) == 2
-    assert_one_line(capfd.readouterr().err, f"actor.model='{tmp_path}/given/model' cannot be used: the chat template fails: ", "mend chat_template")
+    assert_one_line(capfd.readouterr().err, f"actor.model='{tmp_path}/given/model' cannot be used: {tmp_path}/given/model: the chat template fails: ", "mend chat_template")
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
@@ -344,7 +344,7 @@ def test_names_in_data_are_never_taken_for_paths(root, tmp_path, monkeypatch):
     left = {path for path in snapshot(tmp_path) if not path.startswith(str(here / "run"))}
     assert left == set(before) and not pathlib.Path("/escaped").exists() and not pathlib.Path(NAMES[1]).exists()
     expected = {
-        "config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "before.jsonl", "lock", "checkpoints", "checkpoint_sums",
+        "config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "before.jsonl", "lock", "run.log", "checkpoints", "checkpoint_sums",
     }  # fmt: skip
     assert {path.name for path in (here / "run").iterdir()} <= expected
 
