@@ -38,11 +38,10 @@ check: $(VENV)/.installed-test
 bench: $(VENV)/.installed
 	$(BIN)/python -m experiments.bench $(BENCH)
 
-# Many more examples of the properties, drawn anew, and five minutes of random files for each reader of other people's files.
+# The full counts of what `make test` samples: kills, processes, meshes, bad input, properties, fuzzing, and a long run; about an hour.
 soak: $(VENV)/.installed-test
-	SOAK=1 $(BIN)/python -m pytest tests/test_properties.py
 	$(BIN)/python -m pip install --quiet atheris
-	for reader in gguf jsonl jsonl.gz csv; do $(BIN)/python tests/fuzz.py $$reader --minutes 5 || exit 1; done
+	$(BIN)/python tests/soak.py --out docs/soak.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 from typing import Any
 
 from metatuner_jax import config as config_lib
@@ -53,6 +54,11 @@ def main(argv=None) -> int:
         code = 128 + stopped.number
         if not stop.waits:  # this process alone
             processes.group.fail(f"stopped by {stopped}", code)
+    except Exception as error:
+        if processes.group.count > 1:
+            traceback.print_exc()
+            processes.group.fail(f"{type(error).__name__}: {error}", 1)
+        raise
     processes.group.close()
     return code
 
@@ -69,8 +75,7 @@ def run(argv, stop) -> int:
             config = load_config(path, assignments)
             saved = check_workdir(config, workdir, goes_on=True)
             if saved is not None and finished(workdir, saved, config):
-                print(f"{workdir} holds this run, finished: nothing to do. Its results:\n")
-                print(summary(read_json(workdir / "results.json"), _first_predictions(workdir)))
+                print(f"{workdir} holds this run, finished: nothing to do. Its results:\n\n{results_of(workdir)}")
                 return 0
             processes.join(**others)
             if saved is not None:
@@ -240,8 +245,12 @@ def held(workdir):
     if processes.group.index:  # the first one holds it
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("a", encoding="utf-8") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("a", encoding="utf-8")
+    except OSError as error:
+        raise Mistake(f"--workdir={workdir} cannot be written to ({error.strerror}); give another --workdir") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -270,12 +279,15 @@ def check_workdir(config, workdir, goes_on=False):
     Args:
       goes_on: whether it may have been begun with other settings of those that a run may go on with.
     """
-    existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    try:
+        existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        raise Mistake(f"--workdir={config_lib.short(workdir)}: {error.strerror}; give another --workdir") from None
     if not existing.is_dir():
         raise Mistake(f"--workdir={workdir}: {existing} is a file: name a folder")
     saved = read_json(workdir / "config.json")
     if saved is not None:
-        if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        if not is_ours(saved):
             raise Mistake(f"--workdir={workdir} has a config.json that no run of ours wrote; give another --workdir")
         changed = differences(with_newer_settings(saved["config"]), plain(config))
         texts = [f"{key}={a} there, {b} here" for key, a, b in changed if not (goes_on and config_lib.may_change(config.method, key, a, b))]
@@ -428,6 +440,18 @@ def check_lengths(config, generator, actor, lengths, prefix_tokens):
 def plain(config):
     """Returns a config as it reads back from JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def is_ours(saved):
+    """Returns whether the content of a config.json is laid out as a run writes it."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        return False
+    resolved, data = (saved.get(name, {}) for name in ("resolved", "data"))  # which early versions did not write
+    sections = [name for name, leaf in plain(config_lib.Config()).items() if isinstance(leaf, dict)]
+    return (
+        isinstance(data, dict) and isinstance(resolved, dict) and resolved.get("dtype") in (None, "bfloat16", "float32")
+        and all(isinstance(saved["config"].get(name, {}), dict) for name in sections) and "train" in saved["config"]
+    )  # fmt: skip
 
 
 def with_newer_settings(saved):
@@ -734,8 +758,13 @@ def _short(text, width=200):
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _first_predictions(workdir):
-    return files.read_lines(workdir / "predictions.jsonl")[:3]
+def results_of(workdir) -> str:
+    """Returns the closing table of a finished run; raises Mistake where it is not what a run of ours wrote."""
+    results = read_json(workdir / "results.json")
+    try:
+        return summary(results, files.read_lines(workdir / "predictions.jsonl")[:3])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise Mistake(f"--workdir={workdir} has results that no run of ours wrote; give another --workdir") from None
 
 
 def versions() -> dict:

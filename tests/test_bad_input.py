@@ -176,6 +176,17 @@ ARGUMENTS = {
     "a setting without --config": Case(arguments=("--config", "{root}/config.py", "train.num_steps=3"), texts=("argument 'train.num_steps=3' is unknown", "see --help")),
     "a huge argument": Case(arguments=("--config", "{root}/config.py", "x" * 1_000_000), process=None, texts=("argument 'xxx", "see --help")),
     "a NUL in a path": Case(arguments=("--config", "{root}/config.py", "--workdir", "a\0b"), process=None, texts=("--workdir", "NUL")),
+    **{
+        f"processes: {text}": Case(arguments=("--config", "{root}/config.py", *words), texts=(text,))
+        for words, text in (
+            (("--coordinator=host:1234",), "--num_processes is missing: --coordinator, --num_processes, --process_id go together"),
+            (("--coordinator=host", "--num_processes=2", "--process_id=0"), "--coordinator=host must be host:port, where process 0 is to listen"),
+            (("--coordinator=host:99999", "--num_processes=2", "--process_id=0"), "--coordinator=host:99999 must be host:port"),
+            (("--coordinator=host:1234", "--num_processes=two", "--process_id=0"), "--num_processes=two must be a whole number"),
+            (("--coordinator=host:1234", "--num_processes=2", "--process_id=2"), "--process_id=2 must be below --num_processes=2"),
+            (("--coordinator=host:1234", "--num_processes=2", "--process_id=-1"), "--process_id=-1 must be a whole number"),
+        )
+    },
     "a config of another kind": Case(
         arguments=("--config", "{at}/config.txt"), make=(file("config.txt", CONFIG),), texts=("config.txt is no Python file: its name must end in .py",)
     ),
@@ -688,6 +699,24 @@ RUN_FOLDERS = {
     "config.json cut short": Case((), ("run/config.json cannot be read", "give another --workdir"), (in_run("config.json", '{"config": '),)),
     "config.json of bytes": Case((), ("run/config.json cannot be read", "give another --workdir"), (in_run("config.json", b"\xff\xfe\x00"),)),
     "config.json of many brackets": Case((), ("run/config.json cannot be read", "give another --workdir"), (in_run("config.json", "[" * 200_000),)),
+    **{
+        f"config.json whose {name} is {value!r}": Case((), ("that no run of ours wrote; give another --workdir",), (begun(change),))
+        for name, value, change in (
+            ("config.train", 3, lambda content: content["config"].update(train=3)),
+            ("config.train", None, lambda content: content["config"].pop("train")),
+            ("data", 3, lambda content: content.update(data=3)),
+            ("resolved", 3, lambda content: content.update(resolved=3)),
+            ("resolved.dtype", "int4", lambda content: content["resolved"].update(dtype="int4")),
+        )
+    },
+    **{
+        f"results.json that is {text}": Case((), (said, "give another --workdir"), (begun(lambda content: None), in_run("results.json", text)))
+        for text, said in (("{", "results.json cannot be read"), ("[1]", "has results that no run of ours wrote"), ("{}", "has results that no run of ours wrote"))
+    },
+    "a workdir of too long a name": Case(arguments=("--config", "{root}/config.py", "--workdir", "{at}/" + "x" * 300), texts=("--workdir=", "File name too long; give another --workdir")),
+    "a workdir that cannot be made": Case(
+        arguments=tuple(command(pathlib.Path("{root}"), "/proc/nothing/run")), texts=("--workdir=/proc/nothing/run cannot be", "give another --workdir")
+    ),
     "config.json as a folder": Case((), ("run/config.json cannot be read", "give another --workdir"), (in_run("config.json/x", ""),)),
     "another run": Case(
         (), ("holds another run", "hyper.rank=3 there, 8 here", "give another --workdir"), (begun(lambda content: content["config"]["hyper"].update(rank=3)),)
