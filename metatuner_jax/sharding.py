@@ -74,8 +74,9 @@ def place_one(path: str, leaf, mesh):
 
 def _put(leaf, where):
     """Returns an array placed: of one that the host has, or that each of several hosts has."""
-    local = not isinstance(leaf, jax.core.Tracer) and getattr(leaf, "is_fully_addressable", True)
-    if local and not where.is_fully_addressable:  # device_put would compare what the hosts have, all of it
+    if isinstance(leaf, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(leaf, where)  # a CPU takes no notice of device_put in a jitted function
+    if getattr(leaf, "is_fully_addressable", True) and not where.is_fully_addressable:  # device_put would compare what the hosts have, all of it
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, where, lambda at: leaf[at])
     return jax.device_put(leaf, where)
@@ -108,6 +109,18 @@ def place_rows(batch, mesh, axis: int = 0, heads: bool = False):
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS, *["tensor"] * split))
 
     return jax.tree.map(lambda leaf: _put(leaf, where(leaf)), batch)
+
+
+def split_rows(x):
+    """Returns an array whose first axis is rows, split over the mesh that jit was given it on; as it is where there is no mesh.
+
+    Rows come from a table that is split by width. Without this, the compiler keeps them so: each device then works on all rows of its
+    `fsdp` group, with a part of each layer's weights, in place of its own rows with the layer's weights brought together.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if not set(ROWS) <= set(mesh.axis_names) or row_parts(mesh) == 1 or x.shape[0] % row_parts(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
 
 
 def path_text(path) -> str:

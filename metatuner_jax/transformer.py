@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from metatuner_jax import lora as lora_lib
-from metatuner_jax import product
+from metatuner_jax import product, sharding
 from metatuner_jax.config import ModelConfig, projection_widths
 
 
@@ -212,7 +212,7 @@ def make_context(config: ModelConfig, positions, attend, start=None) -> Context:
 
 def embed(embedding: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
     """Returns the tokens' rows of the embedding."""
-    return embedding[tokens].astype(dtype)
+    return sharding.split_rows(embedding[tokens].astype(dtype))
 
 
 def run(config, layers, x, context, loras=None, caches=None, past=None, keep=False, remat="none"):
@@ -337,7 +337,7 @@ def log_likelihoods(config: ModelConfig, params: dict, x: Float[Array, "b t d"],
       x: the residual stream after the last layer: x[:, i] is what targets[:, i] is predicted from.
     """
     x, head = _to_score(config, params, x)
-    return in_chunks(lambda x, targets: _likelihoods_of(x, head, targets), x, targets)
+    return in_chunks(lambda x, targets: _likelihoods_of(sharding.split_rows(x), head, targets), x, targets)
 
 
 def forward(config: ModelConfig, params: dict, tokens, mask=None, loras=None, remat: str = "none") -> Float[Array, "b t v"]:
