@@ -29,6 +29,8 @@ workdir resumes; a finished one says so and changes nothing.
   --coordinator HOST:PORT --num_processes N --process_id I
                     one of several processes that do the run together, I from 0 to N-1, the first one at HOST:PORT; on TPU
                     pods and on Slurm they find one another
+  --plan            say what the run would take, and do nothing: with --devices N (default: those there are), --memory GIB of each
+                    (default: what it says), --json FILE; exit code 1 where it does not fit
   --help            this text
 
 Settings and their defaults (`none` clears an optional one):
@@ -71,6 +73,10 @@ def run(argv, stop) -> int:
     """
     with contextlib.ExitStack() as folder:
         try:
+            if "--plan" in argv:
+                from experiments import plan
+
+                return plan.main(argv)
             path, workdir, assignments, others = parse(argv)
             config = load_config(path, assignments)
             saved = check_workdir(config, workdir, goes_on=True)
@@ -121,7 +127,7 @@ def parse(argv):
     Raises:
       Mistake: an argument is unknown, or one is missing.
     """
-    options, assignments = read_arguments(argv, ("--config", "--workdir", *OF_PROCESSES))
+    options, assignments = read_arguments(argv, ("--config", "--workdir", *OF_PROCESSES), ("--plan",))
     path = path_of(options, "--config")
     return path, path_of(options, "--workdir", f"runs/{path.stem}"), assignments, parse_processes(options)
 
@@ -303,11 +309,12 @@ def check_workdir(config, workdir, goes_on=False):
     return saved
 
 
-def prepare(config, dtype=None) -> Job:
+def prepare(config, dtype=None, mesh=None) -> Job:
     """Returns the job that a config describes; raises Mistake or ValueError where it cannot be done. Loads no weights.
 
     Args:
       dtype: what dtype=auto stands for, such as in the run that goes on; None: what is fastest here.
+      mesh: of a plan, which has no need of weights; None: that of the devices here.
     """
     tasks.check(config.task)
     given, config = config, methods.resolve(config)
@@ -348,12 +355,9 @@ def prepare(config, dtype=None) -> Job:
             f"task.num_test={config.task.num_test} leaves {len(rows['test'])} test row, and at least 2 are needed: the shuffled controls give "
             "each query another one's prompt; raise it, or give task.test more rows"
         )
-    mesh = sharding.make_mesh(config.mesh, devices)
-    ways = sharding.row_parts(mesh)
-    for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
-        if size % ways:
-            raise Mistake(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")
-    for role in ("generator", "actor"):
+    planned, mesh = mesh is not None, mesh or sharding.make_mesh(config.mesh, devices)
+    check_rows(config, mesh)
+    for role in () if planned else ("generator", "actor"):
         of_model(config, role, pretrained.check_weights)
     sums = processes.group.gather(data.digest(rows))
     for other, found in enumerate(sums):
@@ -435,6 +439,16 @@ def check_lengths(config, generator, actor, lengths, prefix_tokens):
                 f"{role}.model has {name}={limit}, and the longest row takes {length} tokens: lower generator.max_query_tokens, "
                 "generator.max_prompt_tokens or actor.max_answer_tokens"
             )
+
+
+def check_rows(config, mesh):
+    """Raises Mistake where the mesh does not split the rows of a batch evenly."""
+    from metatuner_jax import sharding
+
+    ways = sharding.row_parts(mesh)
+    for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
+        if size % ways:
+            raise Mistake(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")
 
 
 def plain(config):

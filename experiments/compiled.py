@@ -1,0 +1,199 @@
+"""The step as it is compiled for a mesh whose devices need not be there, and what these send each other."""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from metatuner_jax import config as config_lib
+from metatuner_jax import generator, sharding, train, transformer
+
+FEW = 2  # layers of each stack with which collectives are counted; once more with one more in each
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(setup, lengths, mesh) -> dict:
+    """Returns what the devices send each other in a step: {"by_kind": {kind: {"count", "bytes"}}, "compile_s", ...}.
+
+    The step is compiled for as many pretended CPU devices with few layers, and again with one more layer in each of its stacks (the
+    shared, the private, the actor's), in a process of its own. What grows with each of them is scaled to the real depths: a step is
+    linear in them. A count is of arrays, however many of them the compiler sends together; bytes are what each device has of them after
+    it. Prompts are taken to be as long as they may be. CPUs move bfloat16 as float32 and do not scatter what they reduce: bytes are those
+    of the type that it is computed in.
+    """
+    if mesh.size == 1 or not setup.method.learns:
+        return {"by_kind": {}, "compile_s": None}
+    own, deepest = setup.num_shared, setup.generator.num_layers - setup.num_shared
+    depths = (FEW, FEW, FEW)
+    tried = [depths, *(tuple(depth + (i == j) for j, depth in enumerate(depths)) for i in range(3))]
+    began = time.perf_counter()
+    found = in_child([(with_depths(setup, *few), lengths, mesh) for few in tried])
+    first, slopes = found[0], [one for one in found[1:]]
+    true = (own, deepest, setup.actor.num_layers)
+    total = {}
+    for kind in KINDS:
+        for what in ("count", "bytes"):
+            base = first["by_kind"][kind][what]
+            steps = [(depth - FEW) * (slope["by_kind"][kind][what] - base) for depth, slope in zip(true, slopes)]
+            total.setdefault(kind, {})[what] = int(base + sum(steps))
+    return {
+        "by_kind": {kind: sizes for kind, sizes in total.items() if sizes["count"]},
+        "compiled_for": mesh.size, "depths": list(depths), "compile_s": round(first["compile_s"], 1), "lower_s": round(first["lower_s"], 1),
+        "all_s": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+
+
+def with_depths(setup, shared: int, private: int, actor: int):
+    """Returns a setup with so many layers in each stack."""
+    config = setup.config
+    section = dataclasses.replace(config.generator, num_shared=shared)
+    # Of one checkpoint, the frozen weights are passed once: two depths need two names, and move the same.
+    config = dataclasses.replace(config, generator=section)
+    ours, theirs = (dataclasses.replace(model, num_layers=count) for model, count in ((setup.generator, shared + private), (setup.actor, actor)))
+    if config.generator.model == config.actor.model:
+        config = dataclasses.replace(config, actor=dataclasses.replace(config.actor, model=config.actor.model + " of another depth"))
+    return dataclasses.replace(setup, config=config, generator=ours, actor=theirs)
+
+
+def in_child(jobs) -> list[dict]:
+    """Returns what `compile_step` finds of each (setup, lengths, mesh), in a process that has as many devices as the largest mesh."""
+    devices = max(mesh.size for _, _, mesh in jobs)
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a program out of it says nothing of its collectives
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.compiled"], input=pickle.dumps(jobs), check=False, capture_output=True, env=environment,
+        cwd=pathlib.Path(__file__).parent.parent,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"the step could not be compiled: {done.stderr.decode(errors='replace').strip()[-2000:]}")
+    return json.loads(done.stdout.decode().strip().splitlines()[-1])
+
+
+def compile_step(setup, lengths, mesh) -> dict:
+    """Returns what the compiler says of a step: its collectives, the bytes of its memory, and the seconds that it took.
+
+    The mesh is of devices that are there, pretended or not. The step is that of the joint phase, and of its first turn where turns are taken.
+    """
+    real = sharding.make_mesh(config_lib.MeshConfig(**mesh.shape), jax.devices()[: mesh.size])
+    began = time.perf_counter()
+    lowered = lower_step(setup, lengths, real)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    took, sizes = time.perf_counter() - traced, program.memory_analysis()
+    ends = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return {
+        "by_kind": read_collectives(program.as_text(), setup), "arguments": sizes.argument_size_in_bytes, "temporary": sizes.temp_size_in_bytes,
+        "bytes": ends + sizes.temp_size_in_bytes, "lower_s": traced - began, "compile_s": took,
+    }  # fmt: skip
+
+
+def lower_step(setup, lengths, mesh):
+    """Returns the step of the joint phase for shapes on a real mesh, as it is given to the compiler."""
+
+    def put(spec_of, tree):
+        def one(path, leaf):
+            where = NamedSharding(mesh, spec_of(sharding.path_text(path), leaf.shape))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    state, frozen = put(lambda path, shape: sharding.spec_at(path, shape, mesh), shapes(setup))
+    batch = put(lambda *_: PartitionSpec(sharding.ROWS), batch_shapes(setup, lengths))
+    key = put(lambda *_: PartitionSpec(), jax.eval_shape(lambda: jax.random.key(0)))
+    phase = train.phases(setup)[-1]
+    loss, parts = phase.turns[0]
+    with train.uncollected():
+        return train.make_train_step(loss, setup.config.train, phase, parts).lower(state, frozen, batch, key)
+
+
+def read_collectives(text: str, setup) -> dict:
+    """Returns {kind: {"count", "bytes"}} of a compiled program; what is in a loop counts as often as the loop is gone through."""
+    own = re.compile(r"jit\(_layer\)|vd->|->vd|/gather|scatter-add")  # what is computed in the type of the compute
+    bodies, name, calls = collections.defaultdict(list), None, collections.defaultdict(list)
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if head:
+            name = "ENTRY" if line.startswith("ENTRY") else head[1]
+            continue
+        loop = re.search(r"\bwhile\(.*?condition=%?([\w.-]+), body=%?([\w.-]+)", line)
+        if loop:
+            trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
+            # No other loop of a step has a number of turns that is not known: sampling ends with the prompts.
+            times = int(trips[1]) if trips else max(setup.config.generator.max_prompt_tokens - 1, 1)
+            calls[name] += [(loop[2], times), (loop[1], times)]
+        for called in re.findall(r"(?:to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
+            calls[name].append((called, 1))
+        for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
+            calls[name] += [(called.strip().lstrip("%"), 1) for called in group.split(",")]
+        moved = re.search(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(", line)
+        if moved:
+            arrays = re.findall(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\]", moved[1])
+            arrays = arrays[len(arrays) // 2 :] if moved[3] and moved[2] != "all-reduce" else arrays
+            op = re.search(r'op_name="([^"]*)"', line)
+            narrow = setup.dtype.itemsize if op and own.search(op[1]) else 4
+            for kind, bits, dims in arrays:
+                size = min(int(bits) // 8, narrow) if kind in ("f", "bf") else max(int(bits) // 8, 1)
+                bodies[name].append((moved[2], size * math.prod(int(n) for n in dims.split(",") if n)))
+    found = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
+
+    def walk(name, times):
+        for kind, size in bodies[name]:
+            found[kind]["count"] += times
+            found[kind]["bytes"] += times * size
+        for called, turns in calls[name]:
+            walk(called, times * turns)
+
+    walk("ENTRY", 1)
+    return found
+
+
+# --- shapes ---
+
+
+def shapes(setup):
+    """Returns (TrainState, generator.Frozen) of arrays that are not there: their shapes and types, as a run loads them."""
+    config, k, total = setup.config, setup.num_shared, setup.generator.num_layers
+    same = config.generator.model == config.actor.model
+
+    def halves(params):
+        layers = params["layers"]
+        return {**params, "layers": (transformer.cut(layers, 0, k), transformer.cut(layers, k, total))}
+
+    def make(key):
+        unused = setup.method.prompt == "initial" and not setup.method.learns_generator
+        base = None if unused else halves(transformer.init(setup.generator, key, "float32" if config.generator.train == "full" else config.dtype))
+        held = base if config.generator.train == "lora" else None
+        actor = held if same and held is not None else transformer.init(setup.actor, key, config.dtype)
+        state = train.init_state(setup, generator.init(setup, base or {}, key, actor))
+        return state, generator.Frozen(held, actor, jnp.ones(setup.actor.vocab_size, bool))
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def batch_shapes(setup, lengths):
+    """Returns the batch of a step whose rows are as long as they get."""
+    config = setup.config
+    rows, prompt = config.train.batch_size, config.generator.max_prompt_tokens
+    widths = {"generator": lengths.generator, "query": lengths.query, "initial": prompt, "expert": prompt}
+    widths |= dict.fromkeys(("chosen", "rejected") if setup.method.preference else ("answer",), lengths.answer)
+    shape = jax.ShapeDtypeStruct
+    batch = {"own": shape((rows, lengths.generator), bool)}
+    for name, width in widths.items():
+        batch |= {name: shape((rows, width), jnp.int32), f"{name}_mask": shape((rows, width), bool)}
+    return batch
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_step(*job) for job in pickle.loads(sys.stdin.buffer.read())]))

@@ -1,0 +1,291 @@
+"""The plan of a run: held against the compiler, against memory as measured, and against counts by hand."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import save_model, write_rows
+
+from experiments import compiled as compiled_lib
+from experiments import plan, run
+from metatuner_jax import config as config_lib
+from metatuner_jax import data, generator, methods, sharding
+
+SOAK = os.environ.get("SOAK") == "1"
+LENGTHS = data.Lengths(119, 77, 24)
+MODEL = config_lib.ModelConfig("llama", vocab_size=8192, num_layers=8, width=256, ff_width=1024, num_heads=8, num_kv_heads=4, head_width=32, tied=True)
+
+
+def make_setup(dtype="float32", learns="lora", model=MODEL, actor=None, same=False, **sections):
+    defaults = {"generator": {"train": learns, "model": "ours", "max_prompt_tokens": 16}, "actor": {"model": "ours" if same else "theirs"}}
+    defaults |= {"train": {"batch_size": 16}, "eval": {"batch_size": 16}}
+    config = config_lib.make(dtype=dtype, **{name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {*defaults, *sections}})
+    return generator.Setup(methods.resolve(config), model, actor or model, 2, (3, 4, 5))
+
+
+def with_layers(shared, private, actor):
+    model = dataclasses.replace(MODEL, num_layers=shared + private)
+    return make_setup(model=model, actor=dataclasses.replace(MODEL, num_layers=actor), generator={"num_shared": shared})
+
+
+# --- against the compiler, for eight devices ---
+
+CASES = [("float32", "full", (8, 1, 1)), ("float32", "lora", (1, 8, 1)), ("bfloat16", "full", (1, 8, 1)), ("bfloat16", "lora", (2, 2, 2))]
+if SOAK:
+    CASES = [(dtype, kind, shape) for dtype in ("float32", "bfloat16") for kind in ("lora", "full") for shape in ((8, 1, 1), (1, 8, 1), (2, 2, 2))]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What the compiler says of each case, in one process with eight pretended devices."""
+    jobs = [(make_setup(dtype, kind), LENGTHS, plan.Mesh(*shape)) for dtype, kind, shape in CASES]
+    return dict(zip(CASES, compiled_lib.in_child(jobs)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_memory_is_what_the_compiler_says_of_eight_devices(compiled, case):
+    dtype, kind, shape = case
+    setup, mesh = make_setup(dtype, kind), plan.Mesh(*shape)
+    found, held = compiled[case], sum(plan.held(setup, mesh).values())
+    assert held == pytest.approx(found["arguments"], rel=0.01)  # but for the batch
+    planned = plan.make_plan(setup, LENGTHS, mesh)["memory"]["totals"]["step"]
+    print(f"{case}: {planned / 2**20:.1f} MiB planned, {found['bytes'] / 2**20:.1f} compiled, {100 * (planned / found['bytes'] - 1):+.1f}%")
+    assert planned == pytest.approx(found["bytes"], rel=0.15)
+
+
+def test_data_alone_sums_the_gradients(compiled):
+    found = compiled["float32", "full", (8, 1, 1)]["by_kind"]
+    state, _ = compiled_lib.shapes(make_setup(learns="full"))
+    layers = plan.count(state.params["shared"]) + plan.count(state.params["prompt"]["layers"])
+    # The gradients of the layers are summed for the query and again for the expert prompt; so are those of the embedding.
+    numbers = 2 * layers + 2 * plan.count(state.params["embed"]) + plan.count(state.params["prompt"]["head"]) + plan.count(state.params["hyper"])
+    assert found["all-reduce"]["bytes"] == pytest.approx(4 * numbers, rel=0.02)
+    assert sum(sizes["bytes"] for kind, sizes in found.items() if kind != "all-reduce") < 0.05 * 4 * numbers
+
+
+def test_fsdp_brings_weights_together_and_not_rows(compiled):
+    found = compiled["float32", "lora", (1, 8, 1)]["by_kind"]
+    d, f, kv = MODEL.width, MODEL.ff_width, MODEL.num_kv_heads * MODEL.head_width
+    layer = 4 * (2 * d * d + 2 * d * kv + 3 * d * f)
+    table = 4 * MODEL.vocab_size * d
+    # The generator's layers are read by the query, the copy of the private ones again, then for each token sampled but the last, and by
+    # the expert prompt; the backward pass comes to them once for the query and once for the prompt. The actor's: forward and backward.
+    generator_passes = 8 + 2 + 15 * 8 + 8 + 8 + 8
+    layers = (generator_passes + 2 * 8) * layer
+    # The head: for each token sampled, for the first of them, and for the expert and the answer, both in two parts, there and back.
+    head = (15 + 1 + 1 * 2 + 2 * 2) * table
+    state, _ = compiled_lib.shapes(make_setup())
+    assert found["all-gather"]["bytes"] == pytest.approx(layers + head + 4 * plan.count(state.params["hyper"]), rel=0.05)
+    assert found["all-reduce"]["bytes"] == pytest.approx(4 * plan.count(state.params), rel=0.15)
+
+
+def test_what_two_layers_send_is_scaled_to_what_six_do():
+    mesh = plan.Mesh(1, 8, 1)
+    setup = with_layers(4, 2, 6)
+    scaled = compiled_lib.collectives(setup, LENGTHS, mesh)["by_kind"]
+    (deep,) = compiled_lib.in_child([(setup, LENGTHS, mesh)])
+    assert scaled == {kind: sizes for kind, sizes in deep["by_kind"].items() if sizes["count"]}
+    assert scaled["all-gather"]["count"] > 100
+
+
+# --- against one device, as measured ---
+
+MEASURE = """
+import ctypes, gc, json, pickle, sys
+import jax, jax.numpy as jnp
+from experiments import bench
+from experiments import compiled as compiled_lib
+from metatuner_jax import config, sharding
+setup, lengths = pickle.loads(sys.stdin.buffer.read())
+program = compiled_lib.lower_step(setup, lengths, sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])).compile()
+make = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1 if leaf.dtype == bool else 0.01 if leaf.dtype != int else 3, leaf.dtype), tree)
+state, frozen = compiled_lib.shapes(setup)
+batch, key = make(compiled_lib.batch_shapes(setup, lengths)), jax.random.key(0)
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+with bench.Peak() as peak:
+    state, actor = make(state), make(frozen.actor)
+    frozen = frozen.replace(generator=actor if setup.config.generator.model == setup.config.actor.model else make(frozen.generator), actor=actor, allowed=make(frozen.allowed))
+    for _ in range(2):
+        state, metrics = program(state, frozen, batch, key)
+        jax.block_until_ready(metrics)
+print(json.dumps(peak.bytes))
+"""
+SMOLLM2 = config_lib.ModelConfig("llama", 49152, 30, 576, 1536, 9, 3, 64, rope_theta=1e5, tied=True, max_positions=8192)
+MIDDLE = dataclasses.replace(MODEL, num_layers=12, width=384, num_heads=12, num_kv_heads=4, vocab_size=16384)
+
+
+@pytest.mark.parametrize(("model", "kind"), [(MIDDLE, "lora"), *([(SMOLLM2, "lora"), (SMOLLM2, "full")] if SOAK else [])])
+def test_memory_is_what_one_device_takes(model, kind):
+    setup = make_setup("float32", kind, model, same=kind == "lora", train={"batch_size": 8})
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", MEASURE], input=pickle.dumps((setup, LENGTHS)), env=environment, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    measured = json.loads(done.stdout.decode().splitlines()[-1])
+    planned = plan.make_plan(setup, LENGTHS, plan.Mesh(1, 1, 1))["memory"]["totals"]["step"]
+    print(f"{model.num_layers} layers of {model.width}, {kind}: {planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} measured, {100 * (planned / measured - 1):+.1f}%")
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+# --- FLOPs ---
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("remat", ["products", "all", "none"])
+def test_flops_are_what_the_compiler_counts_of_one_layer_of_each(kind, remat):
+    """The compiler counts a loop once: with a layer in each stack, prompts of two tokens and short answers each loop has one turn."""
+    model = dataclasses.replace(MODEL, num_layers=2, width=512, ff_width=1536, num_heads=8, num_kv_heads=4, head_width=64, vocab_size=4096)
+    lengths = data.Lengths(96, 64, 12)
+    setup = make_setup(
+        "float32", kind, model, dataclasses.replace(model, num_layers=1), generator={"max_prompt_tokens": 2, "num_shared": 1}, train={"remat": remat, "batch_size": 4},
+        hyper={"hidden": 16},
+    )  # fmt: skip
+    mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
+    counted = compiled_lib.lower_step(setup, lengths, mesh).cost_analysis()["flops"]
+    planned = plan.step_flops(setup, lengths)
+    print(f"{kind}, {remat}: {planned['all'] / 1e9:.2f} planned, {counted / 1e9:.2f} counted, {100 * (planned['all'] / counted - 1):+.1f}%")
+    assert planned["all"] == pytest.approx(counted, rel=0.15)
+
+
+def test_flops_by_hand():
+    """The actor's forward pass of one row: each weight twice a token read, attention, and the scores of the answer."""
+    setup = make_setup(train={"batch_size": 1})
+    read = 3 + 16 + 77 + 23
+    weights = 8 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
+    by_hand = read * 2 * weights + 8 * read * read * 4 * 8 * 32 + 24 * 2 * 8192 * 256
+    assert plan.step_flops(setup, LENGTHS)["actor, forward"] == by_hand
+
+
+# --- parts ---
+
+
+def test_weights_of_one_checkpoint_are_counted_once():
+    apart, together = (plan.make_plan(make_setup(same=same), LENGTHS, plan.Mesh(1, 1, 1)) for same in (False, True))
+    weights = 8 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024 + 2 * 256) + 8192 * 256 + 256
+    assert (together["parameters"]["frozen"], apart["parameters"]["frozen"]) == (weights, 2 * weights)
+    difference = apart["memory"]["totals"]["step"] - together["memory"]["totals"]["step"]
+    assert difference == 4 * weights
+
+
+def test_a_mesh_of_any_size_is_planned_without_its_devices():
+    setup = make_setup(train={"batch_size": 4096}, eval={"batch_size": 4096})
+    one, many = (plan.make_plan(setup, LENGTHS, mesh)["memory"] for mesh in (plan.Mesh(1, 8, 1), plan.Mesh(512, 8, 1)))
+    for part in ("generator, frozen", "moments of the optimiser"):
+        assert one["phases"]["step"][part] == many["phases"]["step"][part]
+    for part in ("kept activations of the actor", "scores of words"):
+        assert one["phases"]["step"][part] == 512 * many["phases"]["step"][part]
+
+
+@pytest.mark.parametrize(("sections", "part", "less"), [
+    ({"train": {"remat": "all"}}, "kept activations of the actor", 1 / 12),
+    ({"train": {"batch_size": 8}}, "kept activations of the actor", 0.5),
+    ({"eval": {"batch_size": 8}}, "KV cache of the answers", 0.5),
+])  # fmt: skip
+def test_options_lower_the_part_that_they_are_for(sections, part, less):
+    phase = "evaluation" if "eval" in sections else "step"
+    before, after = (plan.make_plan(make_setup(**given), LENGTHS, plan.Mesh(1, 1, 1))["memory"]["phases"][phase][part] for given in ({}, sections))
+    assert after == pytest.approx(less * before, rel=0.1)
+
+
+# --- the command line ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with rows, a config file, and a model of which no weights are there."""
+    folder = tmp_path_factory.mktemp("plan")
+    save_model(folder / "model")
+    (folder / "model" / "model.safetensors").unlink()
+    (folder / "shape").mkdir()
+    (folder / "shape" / "config.json").write_text((folder / "model" / "config.json").read_text())
+    for name, start in (("train", 0), ("validation", 20), ("test", 30)):
+        write_rows(folder / f"{name}.jsonl", [{"question": f"reverse the list: alpha beta {i}", "answer": f"{i} beta alpha"} for i in range(start, start + 10)])
+    (folder / "config.py").write_text("from metatuner_jax import config\n\n\ndef get_config():\n    return config.to_tree(config.Config())\n")
+    return folder
+
+
+def start(folder, *arguments, model="model"):
+    settings = (
+        "dtype=float32", "task.name=jsonl", f"task.train={folder}/train.jsonl", f"task.validation={folder}/validation.jsonl",
+        f"task.test={folder}/test.jsonl", "task.num_validation=8", "task.initial_prompt=reverse the list", f"generator.model={folder}/{model}",
+        f"actor.model={folder}/{model}", "generator.max_prompt_tokens=8", "actor.max_answer_tokens=24", "train.batch_size=4", "eval.batch_size=8",
+    )  # fmt: skip
+    if model == "shape":
+        settings += ("generator.max_query_tokens=60",)
+    given = [argument for argument in arguments if argument.startswith("--config.")]
+    rest = [argument for argument in arguments if argument not in given]
+    return run.main(["--plan", "--config", str(folder / "config.py"), *(f"--config.{one}" for one in settings), *given, *rest])
+
+
+def test_a_plan_needs_no_weights_and_writes_only_what_it_is_asked_to(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert start(folder, "--devices=1", "--memory=1", f"--json={tmp_path}/plan.json") == 0
+    text = capsys.readouterr().out
+    assert "fits" in text and "KV cache of the answers" in text
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["memory"]["peak"] == max(found["memory"]["totals"].values()) and found["refusal"] is None
+    assert found["lengths"]["from"] == "the rows"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_config_json_alone_is_planned_with_the_limits_of_the_config(folder, tmp_path):
+    assert start(folder, "--devices=1", "--memory=1", f"--json={tmp_path}/plan.json", model="shape") == 0
+    lengths = json.loads((tmp_path / "plan.json").read_text())["lengths"]
+    assert (lengths["generator"], lengths["query"], lengths["answer"], lengths["prompt"]) == (60, 60, 24, 8)
+    assert "limits" in lengths["from"]
+
+
+def test_what_does_not_fit_is_refused_with_an_option_that_helps(folder, tmp_path, capsys):
+    huge = ("--config.train.batch_size=4096", "--devices=1", f"--json={tmp_path}/plan.json")
+    assert start(folder, "--memory=0.3", *huge) == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: the step takes ") and line.count("\n") == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    parts = found["memory"]["phases"]["step"]
+    assert f"most is taken by the {max(parts, key=parts.get)}" in line
+    options = [word for word in line.split() if word.startswith("--config.")]
+    assert options
+    assert start(folder, "--memory=0.3", *huge, *options) == 0
+
+
+def test_what_no_option_makes_fit_is_said_to_need_more_devices(folder, capsys):
+    assert start(folder, "--memory=0.00001", "--devices=1") == 1
+    assert "take more devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["mesh.fsdp=8", "train.remat=all", "train.batch_size", "generator.train=lora", "mesh.tensor"])
+def test_each_option_is_found_where_it_is_the_one_that_helps(change):
+    kind = "full" if "generator" in change else "lora"
+    setup, mesh = make_setup(learns=kind), plan.Mesh(8, 1, 1)
+    names = [name for name, *_ in plan.changes(setup, mesh)]
+    assert any(change in name for name in names)
+    peak = lambda setup, mesh: max(sum(parts.values()) for parts in plan.memory(setup, LENGTHS, mesh).values())
+    lowest = min(peak(other, there) for name, other, there in plan.changes(setup, mesh) if change in name)
+    assert lowest < peak(setup, mesh)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--devices=8", "--config.mesh.fsdp=3"), "make 6 devices and --devices=8"),
+    (("--devices=8", "--config.mesh.fsdp=8"), "train.batch_size=4 must be a multiple of mesh.data * mesh.fsdp = 8"),
+    (("--devices=none",), "--devices=none must be a number above 0"),
+    (("--devices=1", "--config.actor.model=someone/unknown"), "actor.model='someone/unknown' cannot be used"),
+    (("--device=1",), "did you mean --devices?"),
+])  # fmt: skip
+def test_mistakes_are_one_line(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert start(folder, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
+
+
+def test_a_number_of_bytes_is_split_as_the_rules_say():
+    shapes = {"q": {"kernel": jax.ShapeDtypeStruct((3, 16, 8), "float32")}, "norm": {"scale": jax.ShapeDtypeStruct((7,), "float32")}}
+    assert plan.bytes_of(shapes, plan.Mesh(4, 2, 2)) == 4 * (3 * 16 * 8 // 4 + 7)
+    assert plan.Mesh(4, 2, 2).size == math.prod((4, 2, 2))
