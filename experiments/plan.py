@@ -81,7 +81,10 @@ def main(argv) -> int:
     setup, lengths, known = setup_of(config, mesh)
     plan = make_plan(setup, lengths, mesh)
     plan["lengths"]["from"] = "the rows" if known else "the config's limits, as there is no tokenizer"
-    plan["collectives"] = compiled.collectives(setup, lengths, mesh)
+    try:
+        plan["collectives"] = compiled.collectives(setup, lengths, mesh)
+    except RuntimeError as error:  # the rest stands without them
+        plan["collectives"] = {"by_kind": {}, "failed": " ".join(str(error).split())}
     plan["memory"] |= {"limit": int(memory), "fits": plan["memory"]["peak"] <= memory}
     refusal = None if plan["memory"]["fits"] else refuse(setup, lengths, mesh, plan, memory)
     plan["refusal"] = refusal
@@ -185,8 +188,8 @@ class Share:
         found = d
         if remat != "all":
             found += d + q + 2 * self.kv + 2 * self.ff
-        if remat == "none":  # norms, products before and after rotation, the gate's parts, and the weights of attention
-            found += 3 * d + q + self.kv + self.ff
+        if remat == "none":  # norms, the gate's parts and the weights of attention, in float32 and as they go on
+            found += 2 * d + self.ff if self.itemsize < MASTER else 0
             return tokens * (found * self.itemsize + 4 * (2 * d + 3 * self.ff) + seen * self.heads * (4 + self.itemsize))
         return tokens * found * self.itemsize
 
@@ -289,8 +292,14 @@ def step_memory(setup, lengths, mesh) -> dict[str, int]:
     """Returns the bytes a device takes in a step beside what it holds all through, by part, at the moment when they are most.
 
     There are two such moments: before the backward pass, when all that it needs is kept; and at the update, when all gradients are there.
-    Both hold a second copy of the moments, which the compiler makes before the first layer (with jax 0.10 on CPUs).
+    Both hold a second copy of the moments, which the compiler makes before the first layer (with jax 0.10 on CPUs). Where the terms take
+    turns, it is the larger one's.
     """
+    turns = [("task",), ("prompt",)] if setup.method.alternating else [("task", "prompt")]
+    return max((_turn_memory(setup, lengths, mesh, terms) for terms in turns), key=lambda parts: sum(parts.values()))
+
+
+def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
     state, _ = _shapes_of(_Key(setup))
     config, method, k = setup.config, setup.method, setup.num_shared
     itemsize, remat, ways = setup.dtype.itemsize, config.train.remat, mesh.fsdp
@@ -300,7 +309,9 @@ def step_memory(setup, lengths, mesh) -> dict[str, int]:
     full = config.generator.train == "full" and method.learns_generator
     learning = bytes_of(state.params, mesh)
     relaxed = config.train.prompt_gradient == "straight_through"
-    writes, adapts = method.prompt == "written", method.adapter is not None
+    samples = method.prompt == "written"
+    learns_prompt, adapts = samples and "prompt" in terms, method.adapter is not None and "task" in terms
+    writes = learns_prompt or (samples and relaxed)
     answered = actor_tokens(setup, lengths)
     pairs = 2 if method.preference else 1
 
@@ -335,7 +346,7 @@ def step_memory(setup, lengths, mesh) -> dict[str, int]:
         ours.at_work(query, query) if method.learns_generator else 0, pairs * theirs.at_work(answered, answered) if adapts else 0
     )
     sampling = dict(found)
-    if writes and adapts:
+    if samples and adapts:
         # Sampling comes first: nothing of the actor is kept as yet.
         for name in ("kept activations of the actor", "LoRA of the rows, and its gradient"):
             sampling.pop(name, None)
@@ -416,7 +427,7 @@ def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int,
 def step_flops(setup, lengths) -> dict[str, float]:
     """Returns the floating-point operations of the products of a step of all devices together, by part, and their sum.
 
-    Prompts are taken to be as long as they may be. Weights that do not learn have no product of their own in the backward pass, and what
+    Prompts are taken to be as long as they may be; where the terms take turns, both are counted. Weights that do not learn have no product of their own in the backward pass, and what
     the lowest layers read has no gradient, which is not counted off.
     """
     config, method, k = setup.config, setup.method, setup.num_shared
@@ -559,6 +570,8 @@ def table(plan: dict) -> str:
         lines += ["", f"{'FLOPs of a step, all devices':<52}{'10^12':>12}"]
         lines += [f"  {name:<50}{size / 1e12:>12.3f}" for name, size in plan["flops"].items()]
     moved = plan.get("collectives", {})
+    if "failed" in moved:
+        lines += ["", f"no collectives: {moved['failed']}"]
     if moved.get("by_kind"):
         lines += ["", f"{'collectives of a step':<52}{'arrays':>12}{'MiB':>12}"]
         lines += [f"  {kind:<50}{sizes['count']:>12}{sizes['bytes'] / 2**20:>12.1f}" for kind, sizes in moved["by_kind"].items()]

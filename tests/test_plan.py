@@ -94,6 +94,22 @@ def test_what_two_layers_send_is_scaled_to_what_six_do():
     assert scaled["all-gather"]["count"] > 100
 
 
+OTHERS = [("metatuner_i", {}), ("metatuner_st", {}), ("unshared", {}), ("sft", {}), ("dpo", {}), ("metatuner_j", {"remat": "none"}), ("metatuner_j", {"remat": "all"})]
+
+
+@pytest.mark.parametrize(("method", "section"), OTHERS if SOAK else OTHERS[-1:])
+def test_memory_is_what_the_compiler_says_of_other_methods(method, section):
+    setup = make_setup(train=section)
+    setup = dataclasses.replace(setup, config=methods.resolve(dataclasses.replace(setup.config, method=method)))
+    mesh = plan.Mesh(1, 1, 1)
+    (found,) = compiled_lib.in_child([(setup, LENGTHS, mesh)])
+    planned = plan.make_plan(setup, LENGTHS, mesh)["memory"]["totals"]["step"]
+    if method == "metatuner_i":  # what is compiled is the first turn
+        planned = sum(plan.held(setup, mesh).values()) + sum(plan._turn_memory(setup, LENGTHS, mesh, ("task",)).values())
+    print(f"{method}, {section}: {planned / 2**20:.1f} MiB planned, {found['bytes'] / 2**20:.1f} compiled, {100 * (planned / found['bytes'] - 1):+.1f}%")
+    assert planned == pytest.approx(found["bytes"], rel=0.15)
+
+
 # --- against one device, as measured ---
 
 MEASURE = """
@@ -233,6 +249,16 @@ def test_a_plan_needs_no_weights_and_writes_only_what_it_is_asked_to(folder, tmp
     assert found["memory"]["peak"] == max(found["memory"]["totals"].values()) and found["refusal"] is None
     assert found["lengths"]["from"] == "the rows"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_step_that_cannot_be_compiled_leaves_the_rest_of_the_plan(folder, capsys, monkeypatch):
+    def fail(jobs):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(compiled_lib, "in_child", fail)
+    assert start(folder, "--devices=2", "--memory=1") == 0
+    text = capsys.readouterr().out
+    assert "no collectives: out of memory" in text and "moments of the optimiser" in text
 
 
 def test_a_config_json_alone_is_planned_with_the_limits_of_the_config(folder, tmp_path):
