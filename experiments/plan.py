@@ -20,7 +20,7 @@ import jax
 from experiments import compiled
 from experiments import run as run_lib
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, decode, generator, methods, pretrained, product, sharding, transformer
+from metatuner_jax import data, decode, files, generator, methods, pretrained, product, sharding, transformer
 from metatuner_jax.config import ModelConfig, projection_widths
 
 GIB = 2**30
@@ -90,7 +90,7 @@ def main(argv) -> int:
     plan["refusal"] = refusal
     print(table(plan))
     if "--json" in options:
-        run_lib.write_json(pathlib.Path(options["--json"]), plan)
+        files.write_json(pathlib.Path(options["--json"]), plan)
     if refusal:
         print(f"error: {refusal}", file=sys.stderr)
     return 1 if refusal else 0

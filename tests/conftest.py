@@ -102,12 +102,18 @@ CONFIG = "from metatuner_jax import config\n\n\ndef get_config():\n    return co
 SPLITS = {"train": 24, "validation": 8, "test": 8}
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """The folder of what XLA compiled in this process of the suite."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Runs of one config share what XLA compiled for the first of them."""
+def compiled(cache):
+    """Runs of one config share what XLA compiled for the first of them, in whichever file that was."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[0], str(cache))
     jax.config.update(names[1], 0.0)
     compilation_cache.reset_cache()
     yield
