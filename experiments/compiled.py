@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import generator, sharding, train, transformer
+from metatuner_jax import data, generator, sharding, train, transformer
 
 FEW = 2  # layers of each stack with which collectives are counted; once more with one more in each
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -73,7 +72,7 @@ def in_child(jobs) -> list[dict]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a program out of it says nothing of its collectives
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.compiled"], input=pickle.dumps(jobs), check=False, capture_output=True, env=environment,
+        [sys.executable, "-m", "experiments.compiled"], input=json.dumps([as_json(*job) for job in jobs]).encode(), check=False, capture_output=True, env=environment,
         cwd=pathlib.Path(__file__).parent.parent,
     )  # fmt: skip
     if done.returncode:
@@ -81,12 +80,28 @@ def in_child(jobs) -> list[dict]:
     return json.loads(done.stdout.decode().strip().splitlines()[-1])
 
 
-def compile_step(setup, lengths, mesh) -> dict:
+def as_json(setup, lengths, mesh) -> dict:
+    """Returns a step, and the mesh that it is for, as JSON holds them; `from_json` is the other way."""
+    parts = {"config": setup.config, "generator": setup.generator, "actor": setup.actor, "lengths": lengths}
+    return {**{name: dataclasses.asdict(part) for name, part in parts.items()}, "end_id": setup.end_id, "prefix": setup.prefix, "mesh": dict(mesh.shape)}
+
+
+def from_json(found: dict):
+    """Returns (setup, lengths, the settings of the mesh)."""
+    models = []
+    for name in ("generator", "actor"):
+        scaling = found[name]["rope_scaling"]
+        models.append(config_lib.ModelConfig(**{**found[name], "rope_scaling": scaling and tuple(scaling)}))
+    setup = generator.Setup(config_lib.from_tree(found["config"]), *models, found["end_id"], tuple(found["prefix"]))
+    return setup, data.Lengths(**found["lengths"]), config_lib.MeshConfig(**found["mesh"])
+
+
+def compile_step(setup, lengths, mesh: config_lib.MeshConfig) -> dict:
     """Returns what the compiler says of a step: its collectives, the bytes of its memory, and the seconds that it took.
 
     The mesh is of devices that are there, pretended or not. The step is that of the joint phase, and of its first turn where turns are taken.
     """
-    real = sharding.make_mesh(config_lib.MeshConfig(**mesh.shape), jax.devices()[: mesh.size])
+    real = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
     began = time.perf_counter()
     lowered = lower_step(setup, lengths, real)
     traced = time.perf_counter()
@@ -196,4 +211,4 @@ def batch_shapes(setup, lengths):
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_step(*job) for job in pickle.loads(sys.stdin.buffer.read())]))
+    print(json.dumps([compile_step(*from_json(job)) for job in json.load(sys.stdin)]))

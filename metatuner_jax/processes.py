@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import socket
 import sys
 import threading
@@ -140,19 +141,18 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    if coordinator is None:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError):  # no cluster that jax knows; or jax is in use, by this process alone
+    if coordinator and index:
+        _await(coordinator)
+    try:
+        jax.distributed.initialize(coordinator, count, index, initialization_timeout=WAIT_S)
+    except (ValueError, RuntimeError) as error:
+        # jax knows no cluster; or it is in use already, by this process alone
+        if coordinator is None and re.search("coordinator_address should be defined|before any JAX calls", str(error)):
             return
-    else:
-        if index:
-            _await(coordinator)
-        try:
-            jax.distributed.initialize(coordinator, count, index, initialization_timeout=WAIT_S)
-        except RuntimeError as error:
-            text = f"--coordinator={coordinator} --num_processes={count} --process_id={index}: the processes did not come together"
-            raise ValueError(f"{text} ({str(error).splitlines()[0]}); start each of them with the same address and a number of its own") from None
+        raise ValueError(
+            f"the processes of this run did not come together ({str(error).splitlines()[0]}): start all of them, each with the same address "
+            "and a number of its own"
+        ) from None
     if jax.process_count() > 1:
         group = _connect()
 

@@ -121,3 +121,40 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_fewer_and_back(tmp_path):
     arguments = [sys.executable, "-c", RESTORED, str(pathlib.Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(arguments, env=EIGHT, check=False, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("carried 10\n"), done.stderr[-2000:]
+
+
+LOADED = """
+import json, pathlib, sys
+import jax, numpy as np
+from experiments import run
+from metatuner_jax import pretrained, sharding
+
+path, _, assignments, _ = run.parse(json.loads(sys.argv[1]))
+job = run.prepare(run.load_config(path, assignments))
+load, largest = pretrained.load, 0
+
+def watched(name, dtype, put):
+    "Loads, and looks at what any device holds after each array."
+    def look(path, array):
+        global largest
+        placed = put(path, array)
+        here = [array for array in jax.live_arrays() if jax.devices()[0] in array.sharding.device_set]
+        largest = max(largest, sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in here))
+        return placed
+    return load(name, dtype, look)
+
+pretrained.load = watched
+frozen, params = run.load_networks(job.setup, job.tokens, jax.random.key(0), job.mesh)
+whole = sum(leaf.nbytes for leaf in jax.tree.leaves((frozen.actor, frozen.generator)))
+for path, leaf in jax.tree_util.tree_leaves_with_path((frozen.actor, frozen.generator)):
+    assert leaf.sharding.spec == sharding.spec_at(sharding.path_text(path), leaf.shape, job.mesh), path
+print(json.dumps([largest, whole]))
+"""
+
+
+def test_weights_go_straight_to_the_devices_that_hold_them(root, tmp_path):
+    arguments = command(root, tmp_path / "run", f"generator.model={root}/larger", "generator.train=lora", *SETTINGS, "mesh.fsdp=8")
+    done = subprocess.run([sys.executable, "-c", LOADED, json.dumps(arguments)], env=EIGHT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    largest, whole = json.loads(done.stdout)
+    assert whole / 8 <= largest < whole / 6  # norms, which are not split, are on each device

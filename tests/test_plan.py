@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 
@@ -116,12 +115,12 @@ def test_memory_is_what_the_compiler_says_of_other_methods(method, section):
 # --- against one device, as measured ---
 
 MEASURE = """
-import ctypes, gc, json, pickle, sys
+import ctypes, gc, json, sys
 import jax, jax.numpy as jnp
 from experiments import bench
 from experiments import compiled as compiled_lib
 from metatuner_jax import config, sharding
-setup, lengths = pickle.loads(sys.stdin.buffer.read())
+setup, lengths, _ = compiled_lib.from_json(json.load(sys.stdin))
 program = compiled_lib.lower_step(setup, lengths, sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])).compile()
 make = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1 if leaf.dtype == bool else 0.01 if leaf.dtype != int else 3, leaf.dtype), tree)
 state, frozen = compiled_lib.shapes(setup)
@@ -145,9 +144,10 @@ def test_memory_is_what_one_device_takes(model, kind):
     setup = make_setup("float32", kind, model, same=kind == "lora", train={"batch_size": 8})
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", MEASURE], input=pickle.dumps((setup, LENGTHS)), env=environment, check=False, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    measured = json.loads(done.stdout.decode().splitlines()[-1])
+    given = json.dumps(compiled_lib.as_json(setup, LENGTHS, plan.Mesh(1, 1, 1)))
+    done = subprocess.run([sys.executable, "-c", MEASURE], input=given, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = json.loads(done.stdout.splitlines()[-1])
     planned = plan.make_plan(setup, LENGTHS, plan.Mesh(1, 1, 1))["memory"]["totals"]["step"]
     print(f"{model.num_layers} layers of {model.width}, {kind}: {planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} measured, {100 * (planned / measured - 1):+.1f}%")
     assert planned == pytest.approx(measured, rel=0.15)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -14,7 +13,7 @@ from small_runs import assert_close, assert_same, command, read_lines, start
 
 pytestmark = pytest.mark.usefixtures("compiled")
 SOAK = bool(os.environ.get("SOAK"))
-SETTINGS = ("train.num_steps=6", "eval.report=test", "rollout.every=2")
+SETTINGS = ("train.num_steps=8", "rollout.every=4")
 END_S = 30  # in which the others end when one is gone
 
 
@@ -25,17 +24,23 @@ def free_port():
 
 
 @contextlib.contextmanager
-def together(count, arguments, **environment):
-    """Yields the processes of one run."""
-    address = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", str(count), "--process_id"]
+def together(count, arguments, slurm=False):
+    """Yields the processes of one run, which are told of each other by options, or find each other as on Slurm."""
+    port = free_port()
+
+    def begun(i):
+        if slurm:
+            found = {"JOB_ID": port, "STEP_NODELIST": "localhost", "STEP_NUM_NODES": 1, "NTASKS": count, "PROCID": i, "LOCALID": i}
+            options, environment = [], {f"SLURM_{name}": str(value) for name, value in found.items()}
+        else:
+            options, environment = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(count), "--process_id", str(i)], {}
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.run", *arguments, *options], env={**os.environ, **environment}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
     with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(killed_at_last(subprocess.Popen(
-                [sys.executable, "-m", "experiments.run", *arguments, *address, str(i)], env={**os.environ, **environment},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )))
-            for i in range(count)
-        ]  # fmt: skip
+        yield [stack.enter_context(killed_at_last(begun(i))) for i in range(count)]
 
 
 @contextlib.contextmanager
@@ -61,11 +66,24 @@ def alone(root, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """made(count) -> the folder of the same run by several processes, and what came of each of them."""
+    found = {}
+
+    def made(count):
+        if count not in found:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            with together(count, command(root, folder, *SETTINGS)) as processes:
+                found[count] = folder, [outcome(process) for process in processes]
+        return found[count]
+
+    return made
+
+
 @pytest.mark.parametrize("count", (2, 4) if SOAK else (2,))
-def test_several_processes_give_the_losses_prompts_and_answers_of_one(count, alone, root, tmp_path):
-    folder = tmp_path / "run"
-    with together(count, command(root, folder, *SETTINGS)) as processes:
-        outcomes = [outcome(process) for process in processes]
+def test_several_processes_give_the_losses_prompts_and_answers_of_one(count, whole, alone):
+    folder, outcomes = whole(count)
     assert [code for code, _, _ in outcomes] == [0] * count, outcomes[-1]
     assert_close(folder, alone)
     assert f"device: {count} x " in outcomes[0][1] and "Everything is in" in outcomes[0][1]
@@ -74,13 +92,12 @@ def test_several_processes_give_the_losses_prompts_and_answers_of_one(count, alo
     assert len({path.name for path in (folder / "checkpoint_sums").iterdir()}) == 2
 
 
-@pytest.mark.parametrize("dies", (1, 0) if SOAK else (random.Random(time.time_ns()).choice((0, 1)),))
-def test_when_a_process_dies_the_others_end_and_a_restart_goes_on(dies, root, tmp_path):
-    folder, whole = tmp_path / "run", tmp_path / "whole"
-    settings = ("train.num_steps=24", "train.checkpoint_every=4", "rollout.every=6")
-    with together(2, command(root, folder, *settings)) as processes:
+@pytest.mark.parametrize("dies", (0, 1) if SOAK else (0,))
+def test_when_a_process_dies_the_others_end_and_a_restart_goes_on(dies, whole, root, tmp_path):
+    folder = tmp_path / "run"
+    with together(2, command(root, folder, *SETTINGS)) as processes:
         deadline = time.monotonic() + 240
-        while not (folder / "checkpoint_sums" / "8.json").exists():
+        while not (folder / "checkpoint_sums" / "4.json").exists():
             assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
             time.sleep(0.05)
         processes[dies].send_signal(signal.SIGKILL)
@@ -89,17 +106,15 @@ def test_when_a_process_dies_the_others_end_and_a_restart_goes_on(dies, root, tm
         assert time.monotonic() - died < END_S
     assert code == 1, errors
     assert errors.splitlines()[-1] == f"failed: process {dies} has died; the same command, in all processes, goes on from the newest checkpoint"
-    for at in (folder, whole):
-        with together(2, command(root, at, *settings)) as processes:
-            outcomes = [outcome(process) for process in processes]
-        assert [code for code, _, _ in outcomes] == [0, 0], outcomes
-        assert ("resuming at step" in outcomes[0][1]) == (at == folder)
-    assert_same(folder, whole)
+    with together(2, command(root, folder, *SETTINGS)) as processes:
+        outcomes = [outcome(process) for process in processes]
+    assert [code for code, _, _ in outcomes] == [0, 0] and "resuming at step" in outcomes[0][1], outcomes
+    assert_same(folder, whole(2)[0])
 
 
 def test_a_signal_to_one_stops_all_and_a_mistake_of_one_ends_all(root, tmp_path):
     folder = tmp_path / "run"
-    with together(2, command(root, folder, "train.num_steps=100000", "train.checkpoint_every=100000", "rollout.every=0")) as processes:
+    with together(2, command(root, folder, "train.num_steps=100000", "train.checkpoint_every=100000", "rollout.every=0"), slurm=True) as processes:
         deadline = time.monotonic() + 240
         while not (folder / "metrics.jsonl").exists():
             assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
