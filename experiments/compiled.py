@@ -33,13 +33,13 @@ def collectives(setup, lengths, mesh) -> dict:
     """
     if mesh.size == 1 or not setup.method.learns:
         return {"by_kind": {}, "compile_s": None}
-    own, deepest = setup.num_shared, setup.generator.num_layers - setup.num_shared
+    shared, private = setup.num_shared, setup.generator.num_layers - setup.num_shared
     depths = (FEW, FEW, FEW)
     tried = [depths, *(tuple(depth + (i == j) for j, depth in enumerate(depths)) for i in range(3))]
     began = time.perf_counter()
     found = in_child([(with_depths(setup, *few), lengths, mesh) for few in tried])
-    first, slopes = found[0], [one for one in found[1:]]
-    true = (own, deepest, setup.actor.num_layers)
+    first, *slopes = found
+    true = (shared, private, setup.actor.num_layers)
     total = {}
     for kind in KINDS:
         for what in ("count", "bytes"):

@@ -70,13 +70,13 @@ def main(argv) -> int:
     Raises:
       run.Mistake, ValueError: the command line, the config or the models cannot be used.
     """
-    options, assignments = run_lib.read_arguments(argv, ("--config", "--workdir", "--devices", "--memory", "--json"), ("--plan",))
-    if "--config" not in options:
-        raise run_lib.Mistake("--config is missing: name a file such as experiments/configs/quickstart.py")
+    names = ("--config", "--workdir", "--devices", "--memory", "--json", *run_lib.OF_PROCESSES)  # as a run's, but for three
+    options, assignments = run_lib.read_arguments(argv, names, ("--plan",))
+    path = run_lib.path_of(options, "--config")
     devices = _number(options, "--devices", int) or jax.device_count()
     memory = _number(options, "--memory", float)
     memory = memory * GIB if memory else device_memory()
-    config = run_lib.load_config(pathlib.Path(options["--config"]), assignments)
+    config = run_lib.load_config(path, assignments)
     mesh = mesh_of(config.mesh, devices)
     setup, lengths, known = setup_of(config, mesh)
     plan = make_plan(setup, lengths, mesh)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import secrets
 import sys
 import time
 import traceback
@@ -61,7 +62,7 @@ def main(argv=None) -> int:
             traceback.print_exc()
             processes.group.fail(f"{type(error).__name__}: {error}", 1)
         raise
-    processes.group.close()
+    processes.group.end(code)
     return code
 
 
@@ -83,7 +84,11 @@ def run(argv, stop) -> int:
             if saved is not None and finished(workdir, saved, config):
                 print(f"{workdir} holds this run, finished: nothing to do. Its results:\n\n{results_of(workdir)}")
                 return 0
+            if saved is not None and (workdir / "results.json").exists():
+                results_of(workdir)  # which are set aside for those of more steps: what is no result is refused first
             processes.join(**others)
+            if len(set(processes.group.gather(saved is not None))) > 1:
+                raise Mistake(NOT_SHARED.format(workdir=workdir))
             if saved is not None:
                 folder.enter_context(held(workdir))
             job = prepare(config, saved and saved.get("resolved", {}).get("dtype"))
@@ -105,17 +110,22 @@ def run(argv, stop) -> int:
         try:
             train_and_evaluate(job, workdir, progress)
         except stopping.Stopped as stopped:
-            steps = checkpoint.steps_in(workdir / "checkpoints")
+            steps = [step for step in checkpoint.steps_in(workdir / "checkpoints") if not job.checkpoints.get(step)]
             stopped.kept = f"{workdir}/checkpoints/{steps[-1]} has all that was trained; the same command goes on from it" if steps else None
             progress.note(f"stopped by {stopped}")
             raise
         except (RuntimeError, ValueError, OSError) as error:
-            processes.group.wait_for_news()  # it may be that another process is gone
-            print(f"failed: {error}", file=sys.stderr)
-            progress.note(f"failed: {error}")
-            processes.group.fail(str(error), 1)
+            tell(error, progress)
             return 1
     return 0
+
+
+def tell(error, progress):
+    """Says that the run has failed. Where there are other processes, it ends there."""
+    processes.group.wait_for_news()  # it may be that another process is gone
+    print(f"failed: {error}", file=sys.stderr)
+    progress.note(f"failed: {error}")
+    processes.group.fail(str(error), 1)
 
 
 # --- the command line ---
@@ -245,10 +255,23 @@ def _text(value):
 # --- all that can go wrong before anything slow ---
 
 
+NOT_SHARED = "--workdir={workdir} is not the same folder for all processes: name one that all of them see, such as a network file system's"
+
+
 @contextlib.contextmanager
 def held(workdir):
-    """Holds a run folder, made where it is not there, for this run alone. Raises Mistake where another run holds it."""
-    if processes.group.index:  # the first one holds it
+    """Holds a run folder, made where it is not there, for this run alone.
+
+    Of several processes the first one does, and the others look whether it is the same folder. Raises Mistake where it is not, or another run
+    holds it.
+    """
+    if processes.group.index:
+        mark = processes.group.gather(None)[0]
+        deadline = time.monotonic() + 30  # in which a network file system shows what another machine wrote
+        while not (workdir / "lock").exists() or (workdir / "lock").read_text(encoding="utf-8") != mark:
+            if time.monotonic() > deadline:
+                raise Mistake(NOT_SHARED.format(workdir=workdir))
+            time.sleep(0.1)
         yield
         return
     try:
@@ -261,6 +284,12 @@ def held(workdir):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Mistake(f"--workdir={workdir} is in use by a run that has not ended: wait for it, or give another --workdir") from None
+        if processes.group.count > 1:
+            mark = secrets.token_hex()
+            file.truncate(0)
+            file.write(mark)
+            file.flush()
+            processes.group.gather(mark)
         yield
 
 
@@ -359,11 +388,11 @@ def prepare(config, dtype=None, mesh=None) -> Job:
     check_rows(config, mesh)
     for role in () if planned else ("generator", "actor"):
         of_model(config, role, pretrained.check_weights)
-    sums = processes.group.gather(data.digest(rows))
-    for other, found in enumerate(sums):
-        changed = [name for name in found if found[name] != sums[0][name]]
+    told = processes.group.gather({**data.digest(rows), "config": plain(given), "versions": versions()})
+    for other, found in enumerate(told):
+        changed = [name for name in found if found[name] != told[0][name]]
         if changed:
-            raise Mistake(f"process {other} has other data than process 0: {', '.join(changed)}; give all the same files and versions")
+            raise Mistake(f"process {other} differs from process 0 in {', '.join(changed)}: give all the same files, settings and versions")
     setup = Setup(config, generator, actor, tokens.end_id, tokens.template.prefix)
     return Job(given, setup, task, tokens, rows, lengths, too_long, mesh)
 
@@ -560,6 +589,10 @@ def train_and_evaluate(job, workdir, progress):
         if best not in (None, trainer.total):
             progress.line(f"taking the checkpoint of step {best}, the best on validation rows")
             state = checkpoints.restore(best, train.rest(shapes, planned, best))
+    except (RuntimeError, ValueError, OSError) as error:
+        if processes.group.count > 1:  # now: to close, the others are waited for
+            tell(error, progress)
+        raise
     finally:
         checkpoints.close()
     for_all = trainer.last_search(state, best)
@@ -606,10 +639,12 @@ def write_config(job, workdir, progress):
         if not changed:
             return
         progress.line("note: going on with other settings: " + ", ".join(f"{key}={new} (was {old})" for key, old, new in changed))
+        if job.given.train.decay == "cosine" and any(key == "train.num_steps" for key, _, _ in changed):
+            progress.line(f"note: the learning rate falls as over {job.given.train.num_steps} steps from here on")
         history = [*content.get("changes", []), {key: [old, new] for key, old, new in changed}]
         results = read_json(workdir / "results.json")
         if results is not None:
-            for name in ("results.json", "predictions.jsonl"):  # without results a run is one that goes on, whatever else is there
+            for name in ("predictions.jsonl", "results.json"):  # in this order: until the results are aside, this is done again
                 old = workdir / name
                 if old.exists():
                     old.rename(old.with_stem(f"{old.stem}-{results['steps']}"))

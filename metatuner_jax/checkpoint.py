@@ -7,6 +7,7 @@ once the checkpoint is whole, and what does not agree with its sums is set aside
 import hashlib
 import json
 import pathlib
+import threading
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def problem(folder, step: int) -> str | None:
     try:
         wanted = dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return "it was not finished"
+        return "it has no sums: the run ended before they were written"
     except (OSError, ValueError, TypeError):
         return f"{path} cannot be read"
     found = sums_of(pathlib.Path(folder) / str(step))
@@ -125,16 +126,28 @@ class Checkpoints:
         )
         # Without the handler, a manager that has not saved yet cannot tell what a checkpoint holds.
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
-        self.without_sums = False  # whether one that is being written, or was, has none yet
+        self.writer = self.failure = None  # the thread of the newest checkpoint, and what went wrong in it
 
     def tend(self) -> None:
-        """Writes the sums of what has become whole; raises what went wrong in the background, such as a full disk. To be called often."""
-        self.manager.check_for_errors()
-        if self.without_sums and not self.manager.is_saving_in_progress():
+        """Raises what went wrong in the background, such as a full disk. To be called often."""
+        if self.failure:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk with its sums; raises what went wrong."""
+        if self.writer:
+            self.writer.join()
+        self.tend()
+
+    def _finish(self) -> None:
+        try:
+            self.manager.wait_until_finished()
             self._write_sums()
+        except Exception as error:
+            self.failure = error
 
     def _write_sums(self) -> None:
-        self.without_sums = False
         if processes.group.index:
             return
         for step in steps_in(self.folder):
@@ -147,24 +160,25 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Returns the newest whole checkpoint's step, None where there is none."""
+        self.wait()
         return self.manager.latest_step()
 
     def best(self) -> int | None:
         """Returns the step of the checkpoint with the highest validation score, the later one of equals."""
+        self.wait()
         return self.manager.best_step()
 
     def save(self, step: int, state, validation: float) -> None:
-        """Starts writing a checkpoint in the background; the error of an earlier write is raised here."""
-        self.manager.wait_until_finished()
-        self.tend()
-        self.without_sums = True
+        """Starts writing a checkpoint, and then its sums, in the background; the error of an earlier write is raised here."""
+        self.wait()
         self.say(f"checkpoint {step} is being written")
         self.manager.save(step, args=ocp.args.StandardSave(state), metrics={"validation": validation, "step": step})
+        self.writer = threading.Thread(target=self._finish)
+        self.writer.start()
 
     def restore(self, step: int, like):
         """Returns the state of a checkpoint, placed as `like` is. Raises what `check` does, and RuntimeError where it was damaged."""
-        self.manager.wait_until_finished()
-        self.tend()
+        self.wait()
         wrong = None if step in self.sound else processes.group.from_first(lambda: problem(self.folder, step))
         if wrong:
             raise RuntimeError(f"the checkpoint of step {step} is no good: {wrong}; the same command sets it aside and goes on from another")
@@ -174,7 +188,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is on disk; raises what went wrong in the background."""
         try:
-            self.manager.wait_until_finished()
-            self.tend()
+            self.wait()
         finally:
             self.manager.close()

@@ -92,7 +92,7 @@ class TrainConfig:
     sync_every: int = _field(10, "steps between copies of the prompt decoder into its frozen copy")
     alternate_every: int = _field(10, "metatuner_i: steps of one term before the other's turn")
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
-    keep_checkpoints: int = _field(2, "newest checkpoints that are kept, beside the best one; with 1 there is none to fall back on if it is damaged")
+    keep_checkpoints: int = _field(2, "newest checkpoints that are kept, beside the best one; 2 or more, so that there is one to fall back on")
     log_every: int = _field(1, "steps to a line of metrics.jsonl; those with rollouts, a checkpoint or a loss that is not finite have one in any case")
     remat: str = _field("products", "what the backward pass makes again: 'none'; all but large matrix 'products'; 'all' of a layer, for the least memory")
     diagnose_every: int = _field(50, "steps to the first and between measurements of each term's share of the gradient, a backward pass more; 0: never")
@@ -215,7 +215,8 @@ def make(**settings) -> Config:
     return dataclasses.replace(base, **{name: changed(name, value) for name, value in settings.items()})
 
 
-# With these a run may go on otherwise than it was begun: they change how it is done, not what comes of it (but for rounding).
+# With these a run may go on otherwise than it was begun: they change how it is done and when it is looked at, not what it learns (but for
+# rounding).
 MAY_CHANGE = (
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.diagnose_every", "train.max_bad_steps", "train.remat",
     "eval.batch_size", "eval.num_bootstrap", "data.buckets", "mesh.data", "mesh.fsdp", "mesh.tensor",
@@ -258,7 +259,7 @@ def check(config: Config) -> None:
         "generator": ("rank", "max_query_tokens", "max_prompt_tokens"),
         "actor": ("max_answer_tokens",),
         "hyper": ("rank", "hidden"),
-        "train": ("num_steps", "batch_size", "sync_every", "alternate_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps"),
+        "train": ("num_steps", "batch_size", "sync_every", "alternate_every", "checkpoint_every", "log_every", "max_bad_steps"),
         "warmup": ("rank",),
         "rollout": ("num_queries", "num_prompts", "budget", "search_rounds", "search_prompts"),
         "preference": ("num_samples",),
@@ -287,6 +288,10 @@ def check(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number of at least 0")
+    if config.train.keep_checkpoints < 2:
+        raise ValueError(
+            f"train.keep_checkpoints={config.train.keep_checkpoints} must be at least 2: until the newest one is whole, a run goes on from the one before"
+        )
     if config.method == "dpo":
         if config.train.num_steps < 2 and not config.warmup.actor_steps:
             raise ValueError(f"train.num_steps={config.train.num_steps} must be at least 2 for method=dpo: half of them are fine-tuning")

@@ -26,9 +26,10 @@ class Pairs:
 
     def restore(self, step: int) -> None:
         """Reads back what was found before `step` and drops the file's other lines."""
-        if not self.path.exists():
+        found = files.read_lines(self.path)
+        if not found:
             return
-        lines = [line for line in files.read_lines(self.path) if line["step"] < step]
+        lines = [line for line in found if line["step"] < step]
         files.write_lines(self.path, lines)
         self.found, self.calls = [], 0
         self._take(lines)

@@ -1,5 +1,6 @@
 """The mesh, and where each array stands on it: a short list of path patterns."""
 
+import functools
 import math
 import re
 
@@ -85,10 +86,12 @@ def _put(leaf, where):
 def fetch(tree):
     """Returns the tree in numpy, whole, to every process."""
     apart = [leaf for leaf in jax.tree.leaves(tree) if not leaf.is_fully_addressable]
-    if apart:
-        everywhere = NamedSharding(apart[0].sharding.mesh, PartitionSpec())
-        tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
-    return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(np.asarray, _to_all(apart[0].sharding.mesh)(tree) if apart else tree)
+
+
+@functools.cache
+def _to_all(mesh):
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def row_parts(mesh) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 
@@ -30,25 +31,40 @@ class Stop:
         """Has signals heard while it is entered; a Ctrl-C that is not the first signal ends the process at once."""
 
         def hear(number, frame):
-            if self.number is not None:
-                if number == signal.SIGINT:
-                    os._exit(128 + number)
-                return
-            self.number = number
-            if not self.waits:
-                raise Stopped(number)
-            text = f"\n{signal.Signals(number).name}: stopping where nothing is lost by it; Ctrl-C stops at once\n"
-            os.write(sys.stderr.fileno(), text.encode())  # not print, which this may have interrupted
+            if self.number is None:
+                self.number = number
+                if not self.waits:
+                    raise Stopped(number)
 
         if threading.current_thread() is not threading.main_thread():  # no other is told of signals
             yield
             return
         before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        told, tells = socket.socketpair()
+        tells.setblocking(False)
+        descriptor = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._answer, args=(told,), daemon=True).start()
         try:
             yield
         finally:
+            signal.set_wakeup_fd(descriptor)
+            tells.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _answer(self, told):
+        """Answers signals at once, where `hear` has to wait for the end of what the main thread does, such as compiling."""
+        asked = False
+        with told:
+            while byte := told.recv(1):
+                if byte[0] not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                if asked and byte[0] == signal.SIGINT:
+                    os._exit(128 + signal.SIGINT)
+                if not asked and self.waits:
+                    text = f"\n{signal.Signals(byte[0]).name}: stopping where nothing is lost by it; Ctrl-C stops at once\n"
+                    os.write(sys.stderr.fileno(), text.encode())
+                asked = True
 
     @contextlib.contextmanager
     def held(self):

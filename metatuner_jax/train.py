@@ -370,7 +370,7 @@ class Trainer:
         if saves and phase.name == "joint":
             metrics["validation"] = self.validate(state)
         self.unlogged.append({"step": step, **metrics})
-        if saves or metrics["bad_steps"] or "rollout_s" in extra or (step + 1 - phase.first) % config.train.log_every == 0:
+        if saves or metrics["bad_steps"] or {"rollout_s", "task_gradient_share"} & set(extra) or (step + 1 - phase.first) % config.train.log_every == 0:
             self.write_log()
         self.checkpoints.tend()
         if metrics["bad_steps"] >= config.train.max_bad_steps:

@@ -26,10 +26,10 @@ def tested(*arguments, **environment):
     """Returns what came of tests with the full counts: {passed, failed, seconds, said}."""
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-n", "0", *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "SOAK": "1", **environment}, check=False, capture_output=True, text=True)
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error)", done.stdout.splitlines()[-1])}
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error)", done.stdout[-200:])}
     said = re.findall(r"killed \d+ times: .*", done.stdout)
     found = {"ok": done.returncode == 0, **counts, **({"said": said} if said else {})}
-    return found if done.returncode == 0 else {**found, "output": done.stdout[-4000:]}
+    return found if done.returncode == 0 else {**found, "output": (done.stdout + done.stderr)[-4000:]}
 
 
 def fuzzed(reader, minutes=5):

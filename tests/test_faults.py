@@ -140,15 +140,27 @@ def test_a_run_may_be_given_more_steps(stopped, runs, root, tmp_path):
 def test_a_run_goes_on_with_settings_that_do_not_matter_and_says_which(runs, root, tmp_path, capfd):
     whole, folder = runs[0], tmp_path / "run"
     shutil.copytree(runs[1], folder)
-    changes = ("train.keep_checkpoints=1", "train.checkpoint_every=3", "train.remat=all", "eval.num_bootstrap=50", "eval.batch_size=4")
+    changes = ("train.keep_checkpoints=3", "train.checkpoint_every=3", "train.remat=all", "eval.num_bootstrap=50", "eval.batch_size=4")
     code, output = start(command(root, folder, *changes))
     assert code == 0 and "resuming at step 4 of 4" in output
-    for text in ("train.keep_checkpoints=1 (was 2)", "train.checkpoint_every=3 (was 2)", "train.remat=all (was products)"):
+    for text in ("train.keep_checkpoints=3 (was 2)", "train.checkpoint_every=3 (was 2)", "train.remat=all (was products)"):
         assert text in output
     assert (folder / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
     assert start(command(root, folder, *changes, "train.num_steps=3"))[0] == 2
     assert "train.num_steps=4 there, 3 here; give another" in capfd.readouterr().err
     assert start(command(root, folder, *changes, "seed=1"))[0] == 2
+
+
+def test_a_checkpoint_is_whole_without_another_step(tmp_path):
+    """Rollouts, which may take long, come right after one where both are due."""
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"step": jnp.int32(1)}, 0.0)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "checkpoint_sums" / "1.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert checkpoint.problem(tmp_path / "checkpoints", 1) is None
+    checkpoints.close()
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for_and_the_best(tmp_path):

@@ -24,18 +24,23 @@ def free_port():
 
 
 @contextlib.contextmanager
-def together(count, arguments, slurm=False):
-    """Yields the processes of one run, which are told of each other by options, or find each other as on Slurm."""
+def together(count, arguments, slurm=False, second=None):
+    """Yields the processes of one run, which are told of each other by options, or find each other as on Slurm.
+
+    Args:
+      second: the arguments of process 1, where they are others.
+    """
     port = free_port()
 
     def begun(i):
+        words = second if second and i == 1 else arguments
         if slurm:
             found = {"JOB_ID": port, "STEP_NODELIST": "localhost", "STEP_NUM_NODES": 1, "NTASKS": count, "PROCID": i, "LOCALID": i}
             options, environment = [], {f"SLURM_{name}": str(value) for name, value in found.items()}
         else:
             options, environment = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(count), "--process_id", str(i)], {}
         return subprocess.Popen(
-            [sys.executable, "-m", "experiments.run", *arguments, *options], env={**os.environ, **environment}, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "experiments.run", *words, *options], env={**os.environ, **environment}, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -105,7 +110,7 @@ def test_when_a_process_dies_the_others_end_and_a_restart_goes_on(dies, whole, r
         code, _, errors = outcome(processes[1 - dies])
         assert time.monotonic() - died < END_S
     assert code == 1, errors
-    assert errors.splitlines()[-1] == f"failed: process {dies} has died; the same command, in all processes, goes on from the newest checkpoint"
+    assert errors.splitlines()[-1] == f"failed: process {dies} has died; the same command, in all processes, goes on from what is saved"
     with together(2, command(root, folder, *SETTINGS)) as processes:
         outcomes = [outcome(process) for process in processes]
     assert [code for code, _, _ in outcomes] == [0, 0] and "resuming at step" in outcomes[0][1], outcomes
@@ -128,7 +133,74 @@ def test_a_signal_to_one_stops_all_and_a_mistake_of_one_ends_all(root, tmp_path)
 
     with together(2, command(root, tmp_path / "other", "train.batch_size=3")) as processes:
         outcomes = [outcome(process) for process in processes]
-    assert {code for code, _, _ in outcomes} <= {1, 2} and not (tmp_path / "other").exists()
-    for code, _, errors in outcomes:
-        said = "error: " if code == 2 else "failed: process "
-        assert errors.splitlines()[-1].startswith(said) and "train.batch_size=3 must be a multiple of mesh.data * mesh.fsdp = 2" in errors
+    assert [code for code, _, _ in outcomes] == [2, 2] and not (tmp_path / "other").exists()
+    for _, _, errors in outcomes:
+        assert errors.splitlines()[-1].startswith(("error: ", "ended: process "))
+        assert "train.batch_size=3 must be a multiple of mesh.data * mesh.fsdp = 2" in errors
+
+
+STAGES = {  # what one process does otherwise, and what all of them come to
+    "a setting of its own": (("train.clip_norm=2",), "process 1 differs from process 0 in config: give all the same files, settings and versions", 2),
+    "a workdir of its own": (("--workdir=other",), "is not the same folder for all processes: name one that all of them see", 2),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES if SOAK else list(STAGES)[:1])
+def test_a_process_that_is_not_like_the_others_ends_all(stage, root, tmp_path):
+    (own,), text, code = STAGES[stage]
+    arguments = command(root, tmp_path / "run", *SETTINGS)
+    others = ["--workdir", str(tmp_path / "other")] if own.startswith("--") else ["--workdir", str(tmp_path / "run"), f"--config.{own}"]
+    with together(2, arguments, second=[*arguments[:2], *others, *arguments[4:]]) as processes:
+        outcomes = [outcome(process) for process in processes]
+    assert [code for code, _, _ in outcomes] == [code, code], outcomes
+    assert all(text in errors.splitlines()[-1] for _, _, errors in outcomes)
+
+
+ALONE = """
+import os, signal, sys, time
+from metatuner_jax import processes
+
+processes.WAIT_S, stage, index = 8, sys.argv[1], int(sys.argv[2])
+dies = index == 1
+if stage == "never comes" and dies:
+    sys.exit()
+try:
+    processes.join(sys.argv[3], 2, index)
+except ValueError as error:
+    sys.exit(f"error: {error}")
+if stage == "at the end":
+    if dies:
+        processes.group.gather(None)
+        os.kill(os.getpid(), signal.SIGKILL)
+    processes.group.end(0)
+if stage == "while a large value is sent" and dies:
+    os.kill(os.getpid(), signal.SIGSTOP)
+if stage == "no output is taken":
+    os.close(1)
+    if dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+processes.SILENT_S = 4
+processes.group.gather("x" * (10_000_000 if stage == "while a large value is sent" else 1))
+time.sleep(60)
+"""
+DEATHS = {
+    "never comes": ("of 2 processes these did not come within 8 s: 1; start all of them", 1),
+    "at the end": ("", 0),  # all was done
+    "while a large value is sent": ("failed: nothing has been heard from process 1 for 4 s; ", 1),
+    "no output is taken": ("failed: process 1 has died; ", 1),
+}
+
+
+@pytest.mark.parametrize("stage", DEATHS)
+def test_whenever_a_process_is_missing_the_other_ends_with_one_line(stage):
+    text, code = DEATHS[stage]
+    address = f"127.0.0.1:{free_port()}"
+    with contextlib.ExitStack() as stack:
+        first, _ = (
+            stack.enter_context(killed_at_last(subprocess.Popen(
+                [sys.executable, "-c", ALONE, stage, str(i), address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )))
+            for i in range(2)
+        )  # fmt: skip
+        found, _, errors = outcome(first)
+    assert found == code and text in (errors.splitlines() or [""])[-1], errors
