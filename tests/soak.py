@@ -36,7 +36,9 @@ def fuzzed(reader, minutes=5):
     """Returns the counts of the fuzzing of one reader."""
     done = subprocess.run([sys.executable, "tests/fuzz.py", reader, "--minutes", str(minutes)], cwd=ROOT, check=False, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {"ok": bool(lines) and lines[-1].get("finds") == 0, **(lines[-1] if lines else {"output": done.stderr[-4000:]})}
+    if not lines or "executions" not in lines[-1]:
+        return {"ok": False, "output": done.stderr[-4000:]}
+    return {"ok": not lines[-1]["finds"], **lines[-1], **({"found": lines[:-1]} if lines[:-1] else {})}
 
 
 def memory(steps=3000):

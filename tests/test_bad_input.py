@@ -397,7 +397,7 @@ DATA = {
         ("task.test={at}/rows",), ("task.test='{at}/rows' has no split 'test': name its file, such as test.jsonl",), (file("rows/train.jsonl", lines(row())),)
     ),
     "CSV with a column twice": Case(
-        ("task.train={at}/train.csv",), ("{at}/train.csv:1: a column name occurs twice: question, question",), (file("train.csv", "question,question\n1,2\n"),)
+        ("task.train={at}/train.csv",), ("{at}/train.csv:1: the column name 'question' occurs twice: rename one",), (file("train.csv", "question,question\n1,2\n"),)
     ),
     "CSV with too many values": Case(
         ("task.train={at}/train.csv",), ("{at}/train.csv:2: 3 values for the 2 columns of line 1: quote values that hold commas",),

@@ -89,6 +89,13 @@ def test_a_list_longer_than_the_file_is_not_read_to_its_end(tmp_path, kind):
 # --- rows, templates and texts ---
 
 
+def test_a_column_name_of_several_lines_that_occurs_twice_is_named_on_one(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('"a\nb","a\nb"\n1,2\n')
+    task = config.TaskConfig("jsonl", str(path), num_validation=1, num_test=1)
+    refused(path, "rows.csv:1: the column name 'a\\nb' occurs twice: rename one", lambda _: tasks.load(task, 0))
+
+
 def test_a_row_of_many_fields_is_refused_in_few_words(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({f"{'x' * i}{i}": i for i in range(3000)}))

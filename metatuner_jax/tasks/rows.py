@@ -160,7 +160,8 @@ def _read_csv(path):
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise ValueError(f"{path}:1: a column name occurs twice: {', '.join(header)}")
+            twice = next(name for name in header if header.count(name) > 1)
+            raise ValueError(f"{path}:1: the column name {config.short(twice)} occurs twice: rename one")
         for values in reader:
             if not values:  # a blank line
                 continue
