@@ -216,7 +216,7 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(root, tmp_path):
     """At random moments, of which a fifth at least lie in each phase, and none before the first checkpoint of the process."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
     seed, killed = time.time_ns(), collections.Counter()
-    settings = (f"train.num_steps={100 + 80 * KILLS}", "train.checkpoint_every=8", "rollout.every=3", "hyper.hidden=64")
+    settings = (f"train.num_steps={60 + 60 * KILLS}", "train.checkpoint_every=8", "rollout.every=3", "hyper.hidden=64")
     assert start(command(root, whole, *settings))[0] == 0
     rng, log = random.Random(seed), folder / "run.log"
     print(f"seed {seed}")

