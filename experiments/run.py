@@ -305,6 +305,7 @@ class Job:
     lengths: Any  # data.Lengths
     too_long: dict  # split name -> (queries, answers) above the limits
     mesh: Any
+    sums: dict  # of the rows (see `data.digest`)
     checkpoints: dict = dataclasses.field(default_factory=dict)  # step -> what is wrong with it, None where nothing is
 
 
@@ -388,13 +389,14 @@ def prepare(config, dtype=None, mesh=None) -> Job:
     check_rows(config, mesh)
     for role in () if planned else ("generator", "actor"):
         of_model(config, role, pretrained.check_weights)
-    told = processes.group.gather({**data.digest(rows), "config": plain(given), "versions": versions()})
+    sums = data.digest(rows)
+    told = processes.group.gather({**sums, "config": plain(given), "versions": versions()})
     for other, found in enumerate(told):
         changed = [name for name in found if found[name] != told[0][name]]
         if changed:
             raise Mistake(f"process {other} differs from process 0 in {', '.join(changed)}: give all the same files, settings and versions")
     setup = Setup(config, generator, actor, tokens.end_id, tokens.template.prefix)
-    return Job(given, setup, task, tokens, rows, lengths, too_long, mesh)
+    return Job(given, setup, task, tokens, rows, lengths, too_long, mesh, sums)
 
 
 def find_devices():
@@ -413,10 +415,9 @@ def check_saved(job, workdir, saved):
 
     Raises Mistake or ValueError where it cannot go on with this data and these models.
     """
-    from metatuner_jax import checkpoint, data
+    from metatuner_jax import checkpoint
 
-    found = data.digest(job.rows)
-    changed = [name for name in found if saved.get("data", {}).get(name) != found[name]]
+    changed = [name for name in job.sums if saved.get("data", {}).get(name) != job.sums[name]]
     if changed:
         raise Mistake(f"--workdir={workdir} was begun with other data: {', '.join(changed)} changed since; give another --workdir")
     problems = dict(processes.group.from_first(lambda: list(checkpoint.problems(workdir / "checkpoints").items())))
@@ -437,20 +438,11 @@ def of_model(config, role, read):
 
 def check_checkpoint(setup, workdir, step):
     """Raises ValueError where a checkpoint of the folder is of another architecture, from shapes alone."""
-    import jax
+    from experiments import compiled
+    from metatuner_jax import checkpoint, train
 
-    from metatuner_jax import checkpoint, generator, train, transformer
-
-    k, config = setup.num_shared, setup.config
-
-    def init(key):
-        base = transformer.init(setup.generator, key)
-        base["layers"] = transformer.cut(base["layers"], 0, k), transformer.cut(base["layers"], k, setup.generator.num_layers)
-        same = config.generator.model == config.actor.model and config.generator.train == "lora"
-        return train.init_state(setup, generator.init(setup, base, key, base if same else transformer.init(setup.actor, key)))
-
-    like = train.rest(jax.eval_shape(init, jax.random.key(0)), train.phases(setup), step)
-    checkpoint.check(workdir / "checkpoints", step, like)
+    state, _ = compiled.shapes(setup)
+    checkpoint.check(workdir / "checkpoints", step, train.rest(state, train.phases(setup), step))
 
 
 def check_lengths(config, generator, actor, lengths, prefix_tokens):
@@ -630,8 +622,6 @@ def write_config(job, workdir, progress):
     """Writes config.json of a new run; of one that goes on with other settings, says which and puts them in, and sets old results aside."""
     import jax
 
-    from metatuner_jax import data
-
     path, config = workdir / "config.json", plain(job.given)
     content, history = read_json(path), []
     if content is not None:
@@ -654,7 +644,7 @@ def write_config(job, workdir, progress):
         **({"processes": processes.group.count} if processes.group.count > 1 else {}),
     }  # fmt: skip
     content = {
-        "config": config, "resolved": plain(job.setup.config), "versions": versions(), "devices": devices, "data": data.digest(job.rows),
+        "config": config, "resolved": plain(job.setup.config), "versions": versions(), "devices": devices, "data": job.sums,
         **({"changes": history} if history else {}),
     }  # fmt: skip
     files.write_json(path, content)
