@@ -15,6 +15,8 @@ import pytest
 
 from experiments import run
 
+SOAK = os.environ.get("SOAK") == "1"  # the full counts of what is otherwise a sample
+
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,9 +50,14 @@ def read_lines(path):
 @contextlib.contextmanager
 def child(arguments):
     """Yields the process of a run of its own."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "experiments.run", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-m", "experiments.run", *arguments]
+    with killed_at_last(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def killed_at_last(process):
+    with process:
         try:
             yield process
         finally:

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 from conftest import CONFIG, save_model
-from small_runs import assert_one_line, command, snapshot
+from small_runs import SOAK, assert_one_line, command, snapshot
 from test_pretrained import write_gguf
 
 from experiments import bench, choose_prompt, compare, prune, run
@@ -750,7 +750,6 @@ DEVICES = {
 }  # fmt: skip
 
 CASES = {**ARGUMENTS, **SETTINGS, **DATA, **MODELS, **TOKENIZERS, **GGUF, **RUN_FOLDERS, **DEVICES}
-SOAK = os.environ.get("SOAK") == "1"
 PROCESSES = [name for name, case in CASES.items() if case.process or (SOAK and case.process is not None)]
 
 

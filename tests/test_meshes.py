@@ -1,5 +1,6 @@
 """Whole runs on eight pretended devices come to what one device comes to, on any mesh, and go on on another number of devices."""
 
+import functools
 import json
 import os
 import pathlib
@@ -10,10 +11,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from small_runs import assert_close, command, load_state, start
+from small_runs import SOAK, assert_close, command, load_state, start
 
 pytestmark = pytest.mark.usefixtures("compiled")
-SOAK = bool(os.environ.get("SOAK"))
 # On busy cores a device may wait long for the others; XLA would give up after 40 s.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 EIGHT = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 {PATIENT}"}
@@ -38,13 +38,12 @@ def settings_of(kind, mesh=(1, 1, 1)):
 @pytest.fixture(scope="module")
 def alone(root, tmp_path_factory):
     """folder(kind) of a run on one device."""
-    folders = {}
 
+    @functools.cache
     def folder(kind):
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp("alone") / "run"
-            assert start(command(root, folders[kind], *settings_of(kind)))[0] == 0
-        return folders[kind]
+        folder = tmp_path_factory.mktemp("alone") / "run"
+        assert start(command(root, folder, *settings_of(kind)))[0] == 0
+        return folder
 
     return folder
 
@@ -52,15 +51,14 @@ def alone(root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_mesh(root, tmp_path_factory):
     """folders(mesh) of the runs of a mesh, by their kind, all in one process."""
-    found = {}
 
+    @functools.cache
     def folders(mesh):
-        if mesh not in found:
-            found[mesh] = {kind: tmp_path_factory.mktemp("mesh") / "run" for kind in MESHES[mesh]}
-            runs = [command(root, folder, *settings_of(kind, mesh)) for kind, folder in found[mesh].items()]
-            done = subprocess.run([sys.executable, "-c", RUNS, json.dumps(runs)], env=EIGHT, check=False, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
-        return found[mesh]
+        found = {kind: tmp_path_factory.mktemp("mesh") / "run" for kind in MESHES[mesh]}
+        runs = [command(root, folder, *settings_of(kind, mesh)) for kind, folder in found.items()]
+        done = subprocess.run([sys.executable, "-c", RUNS, json.dumps(runs)], env=EIGHT, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return found
 
     return folders
 

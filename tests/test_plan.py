@@ -10,13 +10,13 @@ import sys
 import jax
 import pytest
 from conftest import save_model, write_rows
+from small_runs import SOAK
 
 from experiments import compiled as compiled_lib
 from experiments import plan, run
 from metatuner_jax import config as config_lib
 from metatuner_jax import data, generator, methods, sharding
 
-SOAK = os.environ.get("SOAK") == "1"
 LENGTHS = data.Lengths(119, 77, 24)
 MODEL = config_lib.ModelConfig("llama", vocab_size=8192, num_layers=8, width=256, ff_width=1024, num_heads=8, num_kv_heads=4, head_width=32, tied=True)
 

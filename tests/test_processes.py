@@ -1,6 +1,7 @@
 """Several processes do one run together: the same losses as one, and none goes on without the others."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -9,10 +10,9 @@ import sys
 import time
 
 import pytest
-from small_runs import assert_close, assert_same, command, read_lines, start
+from small_runs import SOAK, assert_close, assert_same, command, killed_at_last, read_lines, start
 
 pytestmark = pytest.mark.usefixtures("compiled")
-SOAK = bool(os.environ.get("SOAK"))
 SETTINGS = ("train.num_steps=8", "rollout.every=4")
 END_S = 30  # in which the others end when one is gone
 
@@ -48,15 +48,6 @@ def together(count, arguments, slurm=False, second=None):
         yield [stack.enter_context(killed_at_last(begun(i))) for i in range(count)]
 
 
-@contextlib.contextmanager
-def killed_at_last(process):
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def outcome(process):
     """Returns (exit code, output, errors) of a process once it has ended."""
     output, errors = process.communicate(timeout=300)
@@ -74,14 +65,12 @@ def alone(root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(root, tmp_path_factory):
     """made(count) -> the folder of the same run by several processes, and what came of each of them."""
-    found = {}
 
+    @functools.cache
     def made(count):
-        if count not in found:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            with together(count, command(root, folder, *SETTINGS)) as processes:
-                found[count] = folder, [outcome(process) for process in processes]
-        return found[count]
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        with together(count, command(root, folder, *SETTINGS)) as processes:
+            return folder, [outcome(process) for process in processes]
 
     return made
 

@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 from conftest import CHAT_TEMPLATE
-from small_runs import assert_one_line, command, read_lines, snapshot, start, write_rows
+from small_runs import SOAK, assert_one_line, command, read_lines, snapshot, start, write_rows
 from test_bad_input import model, tokenizer
 
 from experiments import run
@@ -23,7 +23,6 @@ from metatuner_jax.config import TaskConfig
 from metatuner_jax.tasks import Example, competition_math, cosmosqa, gsm8k, hotpotqa, jsonl, math_verifier, reasoning_gym, rows
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-SOAK = os.environ.get("SOAK") == "1"
 
 # --- the source ---
 
