@@ -9,6 +9,7 @@ import difflib
 import fcntl
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -372,6 +373,7 @@ def prepare(config, dtype=None, mesh=None) -> Job:
     generator, actor = (dataclasses.replace(model, vocab_size=vocab_size) for model in (generator, actor))
     tokens = of_model(config, "actor", lambda _: data.Tokens(tokenizer, vocab_size, config.generator.instruction))
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    check_alike({**data.digest_texts(splits), "config": plain(given), "versions": versions()})
     rows, lengths, too_long = data.make_rows(tokens, config, initial_prompt, splits)
     highest = data.largest_id(rows, tokens)
     if highest >= vocab_size:
@@ -390,13 +392,18 @@ def prepare(config, dtype=None, mesh=None) -> Job:
     for role in () if planned else ("generator", "actor"):
         of_model(config, role, pretrained.check_weights)
     sums = data.digest(rows)
-    told = processes.group.gather({**sums, "config": plain(given), "versions": versions()})
+    check_alike(sums)
+    setup = Setup(config, generator, actor, tokens.end_id, tokens.template.prefix)
+    return Job(given, setup, task, tokens, rows, lengths, too_long, mesh, sums)
+
+
+def check_alike(mine):
+    """Raises Mistake where something that goes into a run ({name: value}) is not the same in all processes."""
+    told = processes.group.gather(mine)
     for other, found in enumerate(told):
         changed = [name for name in found if found[name] != told[0][name]]
         if changed:
             raise Mistake(f"process {other} differs from process 0 in {', '.join(changed)}: give all the same files, settings and versions")
-    setup = Setup(config, generator, actor, tokens.end_id, tokens.template.prefix)
-    return Job(given, setup, task, tokens, rows, lengths, too_long, mesh, sums)
 
 
 def find_devices():
@@ -528,6 +535,8 @@ def train_and_evaluate(job, workdir, progress):
     from metatuner_jax.passes import Passes
 
     began = time.perf_counter()
+    for name in ("absl", "asyncio"):  # which print pages, again and again, about an error that is raised here too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     keep_compiled()
     progress.stop.waits = True
     progress.now("start")

@@ -4,9 +4,13 @@ Orbax restores flipped bytes without a word. So each checkpoint has a file of su
 once the checkpoint is whole, and what does not agree with its sums is set aside.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import pathlib
+import re
+import sys
 import threading
 
 import jax
@@ -102,6 +106,19 @@ def check(folder, step: int, like) -> None:
             )
 
 
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes, but not with an error on its way: they wait for what has failed, and would only learn of it after minutes."""
+    if (failure := sys.exc_info()[1]) is not None:
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def _reason(error: Exception) -> str:
+    """Returns why something could not be written: in the system's words where they are known."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else str(error)
+
+
 class Checkpoints:
     """Checkpoints of a run folder, named by the number of updates done."""
 
@@ -123,6 +140,7 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=lambda metrics: metrics["validation"] + 1e-9 * metrics["step"],
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier) if processes.group.count > 1 else None,
         )
         # Without the handler, a manager that has not saved yet cannot tell what a checkpoint holds.
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
@@ -131,8 +149,7 @@ class Checkpoints:
     def tend(self) -> None:
         """Raises what went wrong in the background, such as a full disk. To be called often."""
         if self.failure:
-            failure, self.failure = self.failure, None
-            raise failure
+            raise self.failure
 
     def wait(self) -> None:
         """Waits until what was saved is on disk with its sums; raises what went wrong."""
@@ -140,12 +157,13 @@ class Checkpoints:
             self.writer.join()
         self.tend()
 
-    def _finish(self) -> None:
+    def _finish(self, step: int) -> None:
         try:
             self.manager.wait_until_finished()
             self._write_sums()
         except Exception as error:
-            self.failure = error
+            self.failure = RuntimeError(f"the checkpoint of step {step} could not be written: {_reason(error)}; those before it are kept")
+            self.failure.__cause__ = error
 
     def _write_sums(self) -> None:
         if processes.group.index:
@@ -173,7 +191,7 @@ class Checkpoints:
         self.wait()
         self.say(f"checkpoint {step} is being written")
         self.manager.save(step, args=ocp.args.StandardSave(state), metrics={"validation": validation, "step": step})
-        self.writer = threading.Thread(target=self._finish)
+        self.writer = threading.Thread(target=self._finish, args=(step,))
         self.writer.start()
 
     def restore(self, step: int, like):
@@ -190,4 +208,5 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self.manager.close()
+            with contextlib.suppress(Exception if self.failure else ()):  # it would raise the same again, in its own words
+                self.manager.close()

@@ -8,6 +8,7 @@ import json
 import numpy as np
 
 from metatuner_jax import config as config_lib
+from metatuner_jax import processes
 from metatuner_jax.tasks import Example
 
 _PROMPT, _QUERY = "\x02prompt\x03", "\x02query\x03"  # stand-ins that no template and no text holds
@@ -57,7 +58,11 @@ class Tokens:
         self.tokenizer, self.instruction, self.vocab_size = tokenizer, instruction, vocab_size
         self.template = make_template(tokenizer)
         self.end_id = end_id(tokenizer)
-        encode_piece(tokenizer, "a")  # a tokenizer that cannot is refused here and not at the first row
+        self._plain = functools.lru_cache(maxsize=8)(lambda text: tuple(encode_piece(tokenizer, text, split_special_tokens=True)))
+        self._around_query = self.encode(self.template.between), self.encode(self.template.suffix)
+        text = _with_system(tokenizer, instruction, f"Instruction:\n{_PROMPT}\nQuestion:\n{_QUERY}")
+        start, rest = text.split(_PROMPT)
+        self._around_both = [self.encode(piece) for piece in (start, *rest.split(_QUERY))]
 
     @functools.cached_property
     def allowed(self) -> np.ndarray:
@@ -75,7 +80,7 @@ class Tokens:
 
     def plain(self, text: str) -> list[int]:
         """Returns the ids of a piece that somebody wrote, in which the name of a special token is only text."""
-        return encode_piece(self.tokenizer, text, split_special_tokens=True)
+        return list(self._plain(text))
 
     def decode(self, ids, mask=None) -> str:
         """Returns the text of the real tokens, without the end token."""
@@ -84,16 +89,14 @@ class Tokens:
 
     def generator_ids(self, initial_prompt: str, query: str) -> tuple[list[int], list[bool]]:
         """Returns the generator's input for a query, and which of it are the query's own tokens."""
-        text = _with_system(self.tokenizer, self.instruction, f"Instruction:\n{_PROMPT}\nQuestion:\n{_QUERY}")
-        start, rest = text.split(_PROMPT)
-        between, end = rest.split(_QUERY)
-        before = self.encode(start) + self.plain(initial_prompt) + self.encode(between)
-        own, after = self.plain(query), self.encode(end)
+        start, between, after = self._around_both
+        before, own = start + self.plain(initial_prompt) + between, self.plain(query)
         return before + own + after, [False] * len(before) + [True] * len(own) + [False] * len(after)
 
     def query_ids(self, query: str) -> list[int]:
         """Returns the actor's input after the prompt."""
-        return self.encode(self.template.between) + self.plain(query) + self.encode(self.template.suffix)
+        between, suffix = self._around_query
+        return between + self.plain(query) + suffix
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Returns a prompt as the generator would write it, with the end token."""
@@ -136,13 +139,18 @@ def encode_piece(tokenizer, text: str, **settings) -> list[int]:
     Tokenizers with SentencePiece's word mark put one before every text, as if a word began there: they are shown the piece after a
     character of its own, which is taken off again.
     """
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False, **settings)
+    lead, taken = _lead(tokenizer)
+    return tokenizer.encode(lead + text, add_special_tokens=False, **settings)[taken:]
+
+
+@functools.lru_cache(maxsize=4)
+def _lead(tokenizer) -> tuple[str, int]:
+    """Returns what goes before each piece, and how many tokens that is."""
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     letter = tokenizer.convert_ids_to_tokens(encode("a"))
     if not letter:
         raise ValueError("the tokenizer turns the letter a into no token at all: take the model's own tokenizer.json")
-    if not letter[0].startswith("\N{LOWER ONE EIGHTH BLOCK}"):
-        return encode(text)
-    return encode("\x02" + text)[len(encode("\x02")) :]
+    return ("\x02", len(encode("\x02"))) if letter[0].startswith("\N{LOWER ONE EIGHTH BLOCK}") else ("", 0)
 
 
 def _with_system(tokenizer, system, user):
@@ -177,7 +185,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
 
     `initial_prompt` is that of all rows whose examples have none of their own. A query is too long where the generator's templated input passes generator.max_query_tokens, an answer where it passes
     actor.max_answer_tokens (of train rows alone: the others' answers are never fed). Such rows are dropped, or cut (the query's
-    first tokens, the answer's last), as data.too_long says.
+    first tokens, the answer's last), as data.too_long says. Of several processes each tokenises its share.
 
     Raises:
       ValueError: an initial prompt is too long, or a split has no rows left.
@@ -198,20 +206,22 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
                 f"generator.max_query_tokens={limit_query} leaves no room for a query: the template with the initial prompt takes "
                 f"{template_tokens} tokens; raise it"
             )
+
+    def encode(example):
+        ids, own = tokens.generator_ids(prompt_of(example), example.query)
+        return ids, [int(its) for its in own], tokens.query_ids(example.query), tokens.answer_ids(example.answer)
+
     encoded, too_long = {}, {}
     for split, examples in splits.items():
         kept, long_queries, long_answers = [], 0, 0
-        for example in examples:
-            ids, own = tokens.generator_ids(prompt_of(example), example.query)
-            answer = tokens.answer_ids(example.answer)
+        for example, (ids, own, query, answer) in zip(examples, processes.group.shared(encode, examples), strict=True):
             surplus = max(len(ids) - limit_query, 0)
             long_answer = split == "train" and len(answer) > limit_answer
             long_queries, long_answers = long_queries + (surplus > 0), long_answers + long_answer
             if (surplus or long_answer) and config.data.too_long == "drop":
                 continue
-            query = tokens.query_ids(example.query)
             if surplus:
-                first = own.index(True)
+                first = own.index(1)
                 ids, own = ids[:first] + ids[first + surplus :], own[:first] + own[first + surplus :]
                 first = len(tokens.encode(tokens.template.between))
                 query = query[:first] + query[first + surplus :]
@@ -235,9 +245,17 @@ def largest_id(rows: dict[str, Rows], tokens: Tokens) -> int:
 
 def digest(rows: dict[str, Rows]) -> dict[str, str]:
     """Returns a SHA-256 sum of each split's ids, queries and answers, and of the initial prompts' tokens."""
-    texts = {split: [[e.id, e.query, e.answer] for e in part.examples] for split, part in rows.items()}
-    texts["initial_prompt"] = [part.initial.tolist() for part in rows.values()]
-    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in texts.items()}
+    initial = [part.initial.tolist() for part in rows.values()]
+    return {**digest_texts({split: part.examples for split, part in rows.items()}), "initial_prompt": _sum_of(initial)}
+
+
+def digest_texts(splits: dict[str, tuple[Example, ...]]) -> dict[str, str]:
+    """Returns a SHA-256 sum of each split's ids, queries and answers."""
+    return {split: _sum_of([[e.id, e.query, e.answer] for e in examples]) for split, examples in splits.items()}
+
+
+def _sum_of(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _pad_rows(encoded, lengths, prompt_tokens):

@@ -15,6 +15,15 @@ from small_runs import SOAK, assert_close, assert_same, command, killed_at_last,
 pytestmark = pytest.mark.usefixtures("compiled")
 SETTINGS = ("train.num_steps=8", "rollout.every=4")
 END_S = 30  # in which the others end when one is gone
+WITH_FAULT = """
+import os, resource, signal, sys
+from experiments import run
+from metatuner_jax import checkpoint
+die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+save = checkpoint.Checkpoints.save
+{}
+sys.exit(run.main())
+"""
 
 
 def free_port():
@@ -24,11 +33,12 @@ def free_port():
 
 
 @contextlib.contextmanager
-def together(count, arguments, slurm=False, second=None):
+def together(count, arguments, slurm=False, second=None, fault=None):
     """Yields the processes of one run, which are told of each other by options, or find each other as on Slurm.
 
     Args:
       second: the arguments of process 1, where they are others.
+      fault: code that process 1 does first.
     """
     port = free_port()
 
@@ -39,8 +49,9 @@ def together(count, arguments, slurm=False, second=None):
             options, environment = [], {f"SLURM_{name}": str(value) for name, value in found.items()}
         else:
             options, environment = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(count), "--process_id", str(i)], {}
+        program = ["-c", WITH_FAULT.format(fault)] if fault and i == 1 else ["-m", "experiments.run"]
         return subprocess.Popen(
-            [sys.executable, "-m", "experiments.run", *words, *options], env={**os.environ, **environment}, stdout=subprocess.PIPE,
+            [sys.executable, *program, *words, *options], env={**os.environ, **environment}, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -104,6 +115,42 @@ def test_when_a_process_dies_the_others_end_and_a_restart_goes_on(dies, whole, r
         outcomes = [outcome(process) for process in processes]
     assert [code for code, _, _ in outcomes] == [0, 0] and "resuming at step" in outcomes[0][1], outcomes
     assert_same(folder, whole(2)[0])
+
+
+SAVING = """
+def fault(checkpoints, step, *args):
+    {before}
+    save(checkpoints, step, *args)
+    {after}
+checkpoint.Checkpoints.save = fault
+"""
+FAULTS = {  # what process 1 does, what the other one says of it, and the checkpoint from which all go on
+    "dies before it has read the data": ("run.prepare = die", "process 1 has died", None),
+    "dies while a checkpoint is written": (SAVING.format(before="", after="step > 2 and die()"), "process 1 has died", (2, 4)),
+    "has a full disk": (
+        SAVING.format(before="step > 2 and resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))", after=""),
+        "process 1 has failed: the checkpoint of step 4 could not be written: File too large", (2,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS if SOAK else list(FAULTS)[:1])
+def test_whenever_a_process_fails_the_other_ends_and_a_restart_goes_on(fault, root, tmp_path):
+    code, text, steps = FAULTS[fault]
+    folder, arguments = tmp_path / "run", command(root, tmp_path / "run", *SETTINGS, "mesh.data=1", "mesh.fsdp=2", "hyper.hidden=40")
+    with together(2, arguments, fault=code) as processes:
+        one = outcome(processes[1])
+        failed = time.monotonic()
+        code, _, errors = outcome(processes[0])
+        assert time.monotonic() - failed < END_S
+    assert code == 1 and errors.splitlines()[-1].startswith(f"failed: {text}"), (errors, one)
+    if steps is None:
+        assert not folder.exists()
+        return
+    with together(2, arguments) as processes:
+        outcomes = [outcome(process) for process in processes]
+    assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+    assert any(f"resuming at step {step} of 8" in outcomes[0][1] for step in steps), outcomes[0][1]
 
 
 def test_a_signal_to_one_stops_all_and_a_mistake_of_one_ends_all(root, tmp_path):
