@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from metatuner_jax import files, processes, sharding
+from metatuner_jax import files, processes, sharding, stopping
 
 
 def shapes(tree):
@@ -108,7 +108,8 @@ def check(folder, step: int, like) -> None:
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
     """Waits for the other processes, but not with an error on its way: they wait for what has failed, and would only learn of it after minutes."""
-    if (failure := sys.exc_info()[1]) is not None:
+    failure = sys.exc_info()[1]
+    if failure is not None and not isinstance(failure, stopping.Stopped):  # for which all save
         raise failure
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 

@@ -103,7 +103,7 @@ def test_a_folder_in_use_is_refused(runs, root, tmp_path, capfd):
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(root, tmp_path):
     """The limit of a file's size stands for the disk's: what is written meets an error of the operating system."""
     folder = tmp_path / "run"
-    settings = ("train.num_steps=400", "train.checkpoint_every=40", "rollout.every=0", "hyper.hidden=40", "eval.report=validation")
+    settings = ("train.num_steps=200", "train.checkpoint_every=40", "rollout.every=0", "hyper.hidden=40", "eval.report=validation")
     arguments = command(root, folder, *settings)
     with child(arguments) as process:
         wait_for(process, (folder / "checkpoint_sums" / "40.json").exists)
@@ -113,9 +113,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(root, tmp_
     assert process.returncode == 1 and len(said) == 1
     assert re.fullmatch(r"failed: the checkpoint of step \d+ could not be written: File too large; those before it are kept", said[0])
     good = [int(path.stem) for path in (folder / "checkpoint_sums").iterdir()]
-    assert good and max(good) < 400
+    assert good and max(good) < 200
     code, output = start(arguments)
-    assert code == 0 and f"resuming at step {max(good)} of 400" in output
+    assert code == 0 and f"resuming at step {max(good)} of 200" in output
 
 
 @pytest.mark.parametrize("stopped", [True, False])
