@@ -25,9 +25,9 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import compare
-from experiments import run as run_lib
 from metatuner_jax import config as config_lib
 from metatuner_jax import files
+from metatuner_jax import workdir as workdir_lib
 from metatuner_jax.config import ModelConfig, projection_widths
 
 _QWEN = {"family": "qwen2", "head_width": 128, "rope_theta": 1e6, "norm_eps": 1e-6, "tied": True, "qkv_bias": True, "max_positions": 32768}
@@ -556,7 +556,7 @@ def measure(given) -> dict:
     device = jax.devices()[0]
     found = {
         "machine": {"host": compare.machine(), "device": device.device_kind, "devices": jax.device_count()},
-        "versions": run_lib.versions(), "settings": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
+        "versions": workdir_lib.versions(), "settings": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
         "parts": {}, "torch": {}, "ceilings": {}, "ratios": {},
     }  # fmt: skip
     print(HEAD)

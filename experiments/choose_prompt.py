@@ -26,7 +26,7 @@ def main(argv=None) -> int:
         if not candidates:
             raise run.Mistake(f"--config={path} has no PROMPTS: add the candidates there, or give --prompts FILE")
         scores = sorted(score(config, candidates), reverse=True)
-    except (run.Mistake, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     for strict, flexible, likelihood, tokens, prompt in scores:
@@ -48,10 +48,11 @@ def read_prompts(path):
 def score(config, candidates):
     """Returns (strict, flexible, mean log-likelihood of the answers, tokens, prompt) of each candidate on the validation rows."""
     from metatuner_jax import data, evaluate, generator, pretrained, sharding, transformer
+    from metatuner_jax import job as job_lib
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
 
-    job = run.prepare(config)
+    job = job_lib.prepare(config)
     tokens, task = job.tokens, job.task
     limit = config.generator.max_prompt_tokens
     encoded = [tokens.prompt_ids(prompt) for prompt in candidates]

@@ -19,6 +19,7 @@ import time
 from experiments import report, run, summary
 from metatuner_jax import config as config_lib
 from metatuner_jax import files
+from metatuner_jax import workdir as workdir_lib
 from metatuner_jax.methods import METHODS
 
 USAGE = f"""usage: python -m experiments.compare --config FILE [--methods A,B] [--seeds 0,1] [--workdir W] [--config.KEY=VALUE ...]
@@ -111,17 +112,17 @@ class Run:
 
     def results(self):
         """Returns results.json, from where it is published if not from the folder; None where the run is not finished."""
-        found = run.read_json(self.folder / "results.json")
-        return run.read_json(self.published / "results.json") if found is None and self.published else found
+        found = files.read_json(self.folder / "results.json")
+        return files.read_json(self.published / "results.json") if found is None and self.published else found
 
     def check(self):
         """Raises Mistake or ValueError where the settings are wrong, or a folder is another run's."""
         config = run.load_config(self.grid.config, self.settings)
-        run.check_workdir(config, self.folder)
+        workdir_lib.check_workdir(config, self.folder)
         if self.published and self.published.exists():
             try:
-                run.check_workdir(config, self.published)
-            except run.Mistake as error:
+                workdir_lib.check_workdir(config, self.published)
+            except ValueError as error:
                 raise run.Mistake(f"--publish={self.grid.publish}: {str(error).replace('--workdir', '--publish')}") from None
             for name in ("config.json", "results.json"):
                 here, there = self.folder / name, self.published / name
@@ -164,7 +165,7 @@ def main(argv=None) -> int:
             print(plan(grid, searches))
             return 0
         return work(grid, searches, asked)
-    except (run.Mistake, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -211,7 +212,7 @@ def read_grid(options, given) -> Grid:
 
 def saved_grids(*folders):
     """Returns the contents of grid.json in the folders that have one."""
-    return [saved for folder in folders if folder and (saved := run.read_json(folder / "grid.json"))]
+    return [saved for folder in folders if folder and (saved := files.read_json(folder / "grid.json"))]
 
 
 def words(options, name, default, check):
@@ -247,9 +248,9 @@ def sweep_values(sweep, config):
     """Returns the values of the paper's sweeps, as texts."""
     if sweep == "rollouts":
         return ["2", "4", "8"]
-    from metatuner_jax import pretrained
+    from metatuner_jax import job, pretrained
 
-    layers = run.of_model(config, "generator", pretrained.load_config).num_layers
+    layers = job.of_model(config, "generator", pretrained.load_config).num_layers
     return list(dict.fromkeys(str(round(share * layers)) for share in (0.25, 0.5, 0.75)))
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, generator, sharding, train, transformer
+from metatuner_jax import data, generator, networks, sharding, train
 
 FEW = 2  # layers of each stack with which collectives are counted; once more with one more in each
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -124,7 +124,7 @@ def lower_step(setup, lengths, mesh):
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    state, frozen = put(lambda path, shape: sharding.spec_at(path, shape, mesh), shapes(setup))
+    state, frozen = put(lambda path, shape: sharding.spec_at(path, shape, mesh), networks.shapes(setup))
     batch = put(lambda *_: PartitionSpec(sharding.ROWS), batch_shapes(setup, lengths))
     key = put(lambda *_: PartitionSpec(), jax.eval_shape(lambda: jax.random.key(0)))
     phase = train.phases(setup)[-1]
@@ -173,28 +173,6 @@ def read_collectives(text: str, setup) -> dict:
     walk("ENTRY", 1)
     return found
 
-
-# --- shapes ---
-
-
-def shapes(setup):
-    """Returns (TrainState, generator.Frozen) of arrays that are not there: their shapes and types, as a run loads them."""
-    config, k, total = setup.config, setup.num_shared, setup.generator.num_layers
-    same = config.generator.model == config.actor.model
-
-    def halves(params):
-        layers = params["layers"]
-        return {**params, "layers": (transformer.cut(layers, 0, k), transformer.cut(layers, k, total))}
-
-    def make(key):
-        unused = setup.method.prompt == "initial" and not setup.method.learns_generator
-        base = None if unused else halves(transformer.init(setup.generator, key, "float32" if config.generator.train == "full" else config.dtype))
-        held = base if config.generator.train == "lora" else None
-        actor = held if same and held is not None else transformer.init(setup.actor, key, config.dtype)
-        state = train.init_state(setup, generator.init(setup, base or {}, key, actor))
-        return state, generator.Frozen(held, actor, jnp.ones(setup.actor.vocab_size, bool))
-
-    return jax.eval_shape(make, jax.random.key(0))
 
 
 def batch_shapes(setup, lengths):

@@ -20,7 +20,8 @@ import jax
 from experiments import compiled
 from experiments import run as run_lib
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, decode, files, generator, methods, pretrained, product, sharding, transformer
+from metatuner_jax import data, decode, files, generator, methods, networks, pretrained, product, sharding, transformer
+from metatuner_jax import job as job_lib
 from metatuner_jax.config import ModelConfig, projection_widths
 
 GIB = 2**30
@@ -117,20 +118,20 @@ def device_memory() -> float:
 
 def setup_of(config, mesh):
     """Returns (generator.Setup, data.Lengths, whether the rows were looked at): without a tokenizer, rows are as long as the config lets them."""
-    paths = [run_lib.of_model(config, role, lambda name: pretrained.resolve(name, weights=False)) for role in ("generator", "actor")]
+    paths = [job_lib.of_model(config, role, lambda name: pretrained.resolve(name, weights=False)) for role in ("generator", "actor")]
     if all(not path.is_dir() or (path / "tokenizer.json").is_file() for path in paths):
-        job = run_lib.prepare(config, mesh=mesh)
+        job = job_lib.prepare(config, mesh=mesh)
         return job.setup, job.lengths, True
     config = methods.resolve(config)
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=product.fastest_dtype())
-    models = [run_lib.of_model(config, role, pretrained.load_config) for role in ("generator", "actor")]
+    models = [job_lib.of_model(config, role, pretrained.load_config) for role in ("generator", "actor")]
     config_lib.check_model(config, *models)
     vocab_size = min(model.vocab_size for model in models)
     models = [dataclasses.replace(model, vocab_size=vocab_size) for model in models]
     lengths = data.Lengths(config.generator.max_query_tokens, config.generator.max_query_tokens, config.actor.max_answer_tokens)
-    run_lib.check_lengths(config, *models, lengths, PREFIX)
-    run_lib.check_rows(config, mesh)
+    job_lib.check_lengths(config, *models, lengths, PREFIX)
+    job_lib.check_rows(config, mesh)
     return generator.Setup(config, *models, 0, (0,) * PREFIX), lengths, False
 
 
@@ -259,7 +260,7 @@ class _Key:
 
 @functools.lru_cache(8)
 def _shapes_of(key):
-    return compiled.shapes(key.setup)
+    return networks.shapes(key.setup)
 
 
 def held(setup, mesh) -> dict[str, int]:

@@ -8,7 +8,7 @@ import statistics
 
 import numpy as np
 
-from experiments import run
+from metatuner_jax import files
 from metatuner_jax.methods import METHODS
 
 ABLATIONS = {"prompt_only": "w/o F", "hyper_only": "w/o P", "unshared": "w/o S"}  # as the paper calls them
@@ -77,7 +77,7 @@ def against(ours: dict, rival: dict) -> dict | None:
 
 def summarise(folder) -> dict:
     """Returns every figure of a comparison: the content of comparison.json."""
-    grid = run.read_json(folder / "grid.json")
+    grid = files.read_json(folder / "grid.json")
     runs = {name: {} for name in grid["variants"]}
     for name, seed in planned(grid):
         found = read_run(folder / f"{name}-{seed}")
@@ -118,8 +118,8 @@ def planned(grid):
 
 def read_run(folder):
     """Returns (results.json, config.json) of a finished run, None where there is none."""
-    results = run.read_json(folder / "results.json")
-    return None if results is None else (results, run.read_json(folder / "config.json") or {})
+    results = files.read_json(folder / "results.json")
+    return None if results is None else (results, files.read_json(folder / "config.json") or {})
 
 
 def read_search(folder) -> dict:
@@ -127,7 +127,7 @@ def read_search(folder) -> dict:
     found = {}
     for path in sorted(folder.glob("*-*/results.json"), key=lambda path: float(path.parent.name.split("-", 1)[1])):
         method, rate = path.parent.name.split("-", 1)
-        found.setdefault(method, {})[rate] = run.read_json(path)
+        found.setdefault(method, {})[rate] = files.read_json(path)
     return dict(sorted(found.items()))
 
 

@@ -8,16 +8,19 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "checkpoint", "config", "data", "decode", "evaluate", "generator", "lora", "losses", "methods", "pretrained", "rollout", "search",
-    "sharding", "tasks", "train", "transformer",
+    "checkpoint", "config", "data", "decode", "evaluate", "generator", "job", "lora", "losses", "methods", "networks", "pretrained", "rollout",
+    "search", "sharding", "tasks", "train", "transformer", "tuner",
 )  # fmt: skip
+_NAMES = ("Answer", "Tuner")  # of `tuner`
 
 
 def __getattr__(name):
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.tuner"), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_SUBMODULES])
+    return sorted([*globals(), *_SUBMODULES, *_NAMES])

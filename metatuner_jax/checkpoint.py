@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from metatuner_jax import files, processes, sharding, stopping
+from metatuner_jax import files, processes, sharding
 
 
 def shapes(tree):
@@ -95,7 +95,11 @@ def drop_sums(folder) -> None:
 def check(folder, step: int, like) -> None:
     """Raises ValueError where a checkpoint's arrays are not shaped as those of `like`: it belongs to another architecture."""
     place = pathlib.Path(folder).absolute() / str(step)
-    saved = ocp.StandardCheckpointHandler().metadata(place / "default").tree
+    check_like(place, ocp.StandardCheckpointHandler().metadata(place / "default").tree, like)
+
+
+def check_like(place, saved, like) -> None:
+    """Raises ValueError where the arrays of a saved tree are not shaped as those of another one."""
     found = {sharding.path_text(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
     wanted = {sharding.path_text(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     for name in [*wanted, *found]:
@@ -106,10 +110,40 @@ def check(folder, step: int, like) -> None:
             )
 
 
+def best_in(folder) -> int | None:
+    """Returns the step of the checkpoint in a folder that has the highest validation score, the later one of equals, None where there is none."""
+
+    def score(step):
+        content = json.loads((pathlib.Path(folder) / str(step) / "metrics" / "metrics").read_text(encoding="utf-8"))
+        return content["validation"], step
+
+    return max(steps_in(folder), key=score, default=None)
+
+
+def load_params(folder, step: int, like):
+    """Returns what had been learnt at a checkpoint, without the optimiser's state.
+
+    Args:
+      like: the tree `params` of that state, as shapes with their placement.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is damaged, or of another architecture.
+    """
+    place = pathlib.Path(folder).absolute() / str(step)
+    wrong = problem(folder, step) if place.exists() else f"there are those of the steps {', '.join(map(str, steps_in(folder))) or 'none'}"
+    if wrong:
+        raise ValueError(f"{place} cannot be loaded: {wrong}; take another --step, or none")
+    saved = ocp.StandardCheckpointHandler().metadata(place / "default").tree["params"]
+    check_like(place, saved, like)
+    how = ocp.checkpoint_utils.construct_restore_args({"params": like})
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(place / "default", args=ocp.args.PyTreeRestore({"params": like}, restore_args=how, partial_restore=True))["params"]
+
+
 def _barrier(*, key: str, timeout_ms: int) -> None:
     """Waits for the other processes, but not with an error on its way: they wait for what has failed, and would only learn of it after minutes."""
     failure = sys.exc_info()[1]
-    if failure is not None and not isinstance(failure, stopping.Stopped):  # for which all save
+    if isinstance(failure, Exception):  # `Stopped`, for which all save, is none
         raise failure
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from typing import Any
@@ -238,23 +239,23 @@ def may_change(method: str, key: str, old, new) -> bool:
 
 def check(config: Config) -> None:
     """Raises ValueError for the first setting that no run could use, naming field, value and way out."""
-    _one_of("method", config.method, METHODS)
-    _one_of("dtype", config.dtype, ("auto", "bfloat16", "float32"))
-    _one_of("generator.train", config.generator.train, ("lora", "full"))
-    _one_of("hyper.network", config.hyper.network, ("two_layer", "trunk"))
-    _one_of("warmup.actor_train", config.warmup.actor_train, ("lora", "full"))
-    _one_of("eval.report", config.eval.report, ("test", "validation"))
-    _one_of("hyper.pool", config.hyper.pool, ("last", "mean"))
-    _one_of("train.prompt_gradient", config.train.prompt_gradient, ("none", "straight_through"))
-    _one_of("train.decay", config.train.decay, ("cosine", "constant"))
-    _one_of("train.remat", config.train.remat, ("none", "products", "all"))
-    _one_of("data.too_long", config.data.too_long, ("drop", "cut"))
+    one_of("method", config.method, METHODS)
+    one_of("dtype", config.dtype, ("auto", "bfloat16", "float32"))
+    one_of("generator.train", config.generator.train, ("lora", "full"))
+    one_of("hyper.network", config.hyper.network, ("two_layer", "trunk"))
+    one_of("warmup.actor_train", config.warmup.actor_train, ("lora", "full"))
+    one_of("eval.report", config.eval.report, ("test", "validation"))
+    one_of("hyper.pool", config.hyper.pool, ("last", "mean"))
+    one_of("train.prompt_gradient", config.train.prompt_gradient, ("none", "straight_through"))
+    one_of("train.decay", config.train.decay, ("cosine", "constant"))
+    one_of("train.remat", config.train.remat, ("none", "products", "all"))
+    one_of("data.too_long", config.data.too_long, ("drop", "cut"))
     for section in ("generator", "hyper", "warmup"):
         targets = getattr(config, section).targets
         if not targets or len(set(targets)) != len(targets):
             raise ValueError(f"{section}.targets={targets} must name at least one projection, each once: any of {PROJECTIONS}")
         for target in targets:
-            _one_of(f"{section}.targets", target, PROJECTIONS)
+            one_of(f"{section}.targets", target, PROJECTIONS)
     positive = {
         "generator": ("rank", "max_query_tokens", "max_prompt_tokens"),
         "actor": ("max_answer_tokens",),
@@ -350,7 +351,8 @@ def projection_widths(model: ModelConfig, target: str) -> tuple[int, int]:
     }[target]  # fmt: skip
 
 
-def _one_of(name, value, choices):
+def one_of(name, value, choices):
+    """Raises ValueError where the value of a setting is none of its choices."""
     if value not in choices:
         raise ValueError(f"{name}={short(value)} is not one of {', '.join(choices)}{nearest(value, choices)}")
 
@@ -387,6 +389,11 @@ def from_tree(tree) -> Config:
       ValueError: a key is unknown or missing, or a value is of the wrong type.
     """
     return _build(Config, tree.to_dict() if isinstance(tree, ml_collections.ConfigDict) else tree, "")
+
+
+def plain(config: Config) -> dict:
+    """Returns a config as it reads back from JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def override(tree, assignments) -> None:

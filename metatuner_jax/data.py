@@ -149,7 +149,7 @@ def _lead(tokenizer) -> tuple[str, int]:
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     letter = tokenizer.convert_ids_to_tokens(encode("a"))
     if not letter:
-        raise ValueError("the tokenizer turns the letter a into no token at all: take the model's own tokenizer.json")
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer turns the letter a into no token at all: take the model's own tokenizer.json")
     return ("\x02", len(encode("\x02"))) if letter[0].startswith("\N{LOWER ONE EIGHTH BLOCK}") else ("", 0)
 
 
@@ -221,10 +221,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
             if (surplus or long_answer) and config.data.too_long == "drop":
                 continue
             if surplus:
-                first = own.index(1)
-                ids, own = ids[:first] + ids[first + surplus :], own[:first] + own[first + surplus :]
-                first = len(tokens.encode(tokens.template.between))
-                query = query[:first] + query[first + surplus :]
+                ids, own, query = _shorten(tokens, ids, own, query, surplus)
             kept.append((example, ids, own, query, answer[:limit_answer], prompts[prompt_of(example)]))
         if not kept:
             raise ValueError(
@@ -235,6 +232,37 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
     every = [row for rows in encoded.values() for row in rows]
     lengths = Lengths(*(max(len(row[part]) for row in every) for part in (1, 3, 4)))
     return {split: _pad_rows(rows, lengths, limit_prompt) for split, rows in encoded.items()}, lengths, too_long
+
+
+def query_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, queries: list[str]) -> Rows:
+    """Returns rows that are to be answered, as wide as queries may be, whose answers are not known.
+
+    Raises:
+      ValueError: a query is empty, or too long and data.too_long is not 'cut'.
+    """
+    limit, encoded = config.generator.max_query_tokens, []
+    for number, text in enumerate(queries, 1):
+        if not text.strip():
+            raise ValueError(f"query {config_lib.short(text)} is empty: give it some text")
+        ids, own = tokens.generator_ids(initial_prompt, text)
+        query, surplus = tokens.query_ids(text), max(len(ids) - limit, 0)
+        if surplus and config.data.too_long != "cut":
+            raise ValueError(
+                f"query {config_lib.short(text)} takes {len(ids)} tokens with the template, above generator.max_query_tokens={limit}: shorten it, or set data.too_long=cut"
+            )
+        if surplus:
+            ids, own, query = _shorten(tokens, ids, own, query, surplus)
+        example = Example(str(number), text, answer="", reference="")
+        encoded.append((example, ids, own, query, [tokens.end_id], tokens.prompt_ids(initial_prompt)))
+    return _pad_rows(encoded, Lengths(limit, max(limit, *(len(row[3]) for row in encoded)), 1), config.generator.max_prompt_tokens)
+
+
+def _shorten(tokens, ids, own, query, surplus):
+    """Returns a row's generator's input, what of it are the query's own tokens, and the actor's input, without the query's first tokens."""
+    first = own.index(True)
+    ids, own = ids[:first] + ids[first + surplus :], own[:first] + own[first + surplus :]
+    first = len(tokens.encode(tokens.template.between))
+    return ids, own, query[:first] + query[first + surplus :]
 
 
 def largest_id(rows: dict[str, Rows], tokens: Tokens) -> int:

@@ -54,8 +54,8 @@ def answer_before(passes, rows, tokens, score) -> list[dict]:
     ]
 
 
-def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=None) -> tuple[dict, list[dict]]:
-    """Returns (results, predictions) on a split: the parts of results.json that are scores, and one object a query.
+def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=None) -> tuple:
+    """Returns (results, predictions, mean adapter) on a split: the parts of results.json that are scores, one object a query, and a LoRA or None.
 
     What a method does not have is not answered anew: without an adapter all four score the same, with a static one all but `none`. Nor
     is what stands in `before`: the bare actor under the initial prompt.
@@ -100,7 +100,7 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
     if method.learns or rewritten.any():
         texts, after = run("after", adapter, own)
     adapters = dict.fromkeys(("own", "shuffled", "mean", "none"), after)
-    energy = None
+    energy = mean_lora = None
     if method.adapter == "generated":
         train_h = passes.encode(params, train_rows, np.arange(min(config.eval.num_mean, len(train_rows))))
         mean_lora, energy = passes.mean_adapter(params["hyper"], train_h, config.hyper.rank)
@@ -152,7 +152,7 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         }
         for i, example in enumerate(rows.examples)
     ]  # fmt: skip
-    return results, predictions
+    return results, predictions, mean_lora
 
 
 def check_in_use(passes, rows, prompt, prompt_mask, adapter) -> None:

@@ -30,6 +30,14 @@ def write_json(path, content) -> None:
     _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path):
+    """Returns the content of a JSON file of ours, None where there is none; raises ValueError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (ValueError, RecursionError, OSError) as error:  # RecursionError: brackets without end
+        raise ValueError(f"{path} cannot be read ({error}): give another --workdir") from None
+
+
 def _read_lines(path):
     if not path.exists():
         return []

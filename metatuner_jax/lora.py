@@ -5,6 +5,8 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
 from jaxtyping import Array, Float
 
 from metatuner_jax import product
@@ -47,6 +49,22 @@ def row(loras: dict[str, Lora], index: int) -> dict[str, Lora]:
 def repeat(loras: dict[str, Lora], count: int) -> dict[str, Lora]:
     """Returns one row's LoRA ([l, ...] leaves) for each of `count` rows ([l, b, ...] leaves)."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], count, axis=1), loras)
+
+
+def save(path, loras: dict[str, Lora], **about: str) -> None:
+    """Writes a LoRA of all rows ([l, ...] leaves) as safetensors, float32, with what is said about it; the file is whole at any moment."""
+    arrays = {f"{target}.{name}": np.asarray(getattr(lora, name), np.float32) for target, lora in loras.items() for name in ("a", "b")}
+    beside = path.with_name(path.name + ".new")
+    safetensors.numpy.save_file(arrays, beside, metadata=about)
+    beside.replace(path)
+
+
+def load(path) -> tuple[dict[str, Lora], dict[str, str]]:
+    """Returns what `save` wrote: the LoRA, numpy, and what is said about it."""
+    with safetensors.safe_open(path, "numpy") as file:
+        targets = dict.fromkeys(name.split(".")[0] for name in file.offset_keys())
+        loras = {target: Lora(file.get_tensor(f"{target}.a"), file.get_tensor(f"{target}.b")) for target in targets}
+        return loras, file.metadata()
 
 
 def gram(loras: dict[str, Lora]) -> Float[Array, "b b"]:

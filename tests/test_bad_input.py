@@ -25,7 +25,9 @@ from small_runs import SOAK, assert_one_line, command, snapshot
 from test_pretrained import write_gguf
 
 from experiments import bench, choose_prompt, compare, prune, run
+from metatuner_jax import config as config_lib
 from metatuner_jax import data
+from metatuner_jax import job as job_lib
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 SECONDS = 60  # for one case; most need less than a tenth of a second, a process some seconds
@@ -138,8 +140,8 @@ def begun(change):
 
     def make(folder, root):
         path, _, assignments, _ = run.parse(command(root, "run"))
-        job = run.prepare(run.load_config(path, assignments))
-        content = {"config": run.plain(job.given), "resolved": run.plain(job.setup.config), "data": data.digest(job.rows)}
+        job = job_lib.prepare(run.load_config(path, assignments))
+        content = {"config": config_lib.plain(job.given), "resolved": config_lib.plain(job.setup.config), "data": data.digest(job.rows)}
         change(content)
         workdir = folder.parent / "run"
         workdir.mkdir()
@@ -810,7 +812,7 @@ def test_a_process_with_bad_input_ends_the_same_way(name, place, root):
 def jobs(monkeypatch):
     """The runs that got past all checks; none of them is done."""
     found = []
-    monkeypatch.setattr(run, "train_and_evaluate", lambda job, workdir, stop: found.append(job))
+    monkeypatch.setattr(job_lib, "do", lambda job, workdir, stop: found.append(job))
     return found
 
 

@@ -16,6 +16,7 @@ import pytest
 from experiments import compare, report, run, summary
 from metatuner_jax import config as config_lib
 from metatuner_jax import files
+from metatuner_jax import job as job_lib
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 METHODS = tuple(config_lib.METHODS)
@@ -301,7 +302,7 @@ def test_a_method_without_any_rate_is_not_run(root, runs, capfd):
     ],
 )
 def test_a_sweep_is_one_method_with_several_values(root, runs, monkeypatch, arguments, names, values):
-    monkeypatch.setattr(run, "of_model", lambda config, role, read: config_lib.ModelConfig("llama", 99, 30, 8, 8, 1, 1, 8))
+    monkeypatch.setattr(job_lib, "of_model", lambda config, role, read: config_lib.ModelConfig("llama", 99, 30, 8, 8, 1, 1, 8))
     assert call(*arguments, "--seeds=0") == 0
     assert runs.started == names
     configs = [read(f"work/{name}/config.json")["config"] for name in names]

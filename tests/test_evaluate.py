@@ -90,7 +90,7 @@ class Alone:
 def test_every_control_is_what_its_name_says(tuned):
     setup, frozen, params, passes, rows = tuned
     before = evaluate.answer_before(passes, rows, Numbers(), score)
-    results, predictions = evaluate.evaluate(passes, params, rows, rows, Numbers(), score, before)
+    results, predictions, _ = evaluate.evaluate(passes, params, rows, rows, Numbers(), score, before)
 
     alone, n = Alone(setup, frozen, params, rows), len(rows)
     loras, prompts = zip(*(alone.write(i) for i in range(n)))
@@ -147,7 +147,7 @@ def test_the_bare_actor_answers_the_initial_prompt_once_unless_it_was_warmed_up(
         return answer(rows, index, *arguments, what=what, **options)
 
     monkeypatch.setattr(passes, "answer", spy)
-    results, _ = evaluate.evaluate(passes, params, rows, rows, Numbers(), score, before)
+    results, _, _ = evaluate.evaluate(passes, params, rows, rows, Numbers(), score, before)
     assert asked["adapter: none"] == list(index if warmed else index[~kept])
     alone = Alone(setup, frozen, params, rows)
     expected = [score(alone.answer(i, None, alone.write(i)[1]), example).strict for i, example in enumerate(rows.examples)]

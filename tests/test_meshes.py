@@ -128,10 +128,11 @@ LOADED = """
 import json, pathlib, sys
 import jax, numpy as np
 from experiments import run
-from metatuner_jax import pretrained, sharding
+from metatuner_jax import job as job_lib
+from metatuner_jax import networks, pretrained, sharding
 
 path, _, assignments, _ = run.parse(json.loads(sys.argv[1]))
-job = run.prepare(run.load_config(path, assignments))
+job = job_lib.prepare(run.load_config(path, assignments))
 load, largest = pretrained.load, 0
 
 def watched(name, dtype, put):
@@ -145,7 +146,7 @@ def watched(name, dtype, put):
     return load(name, dtype, look)
 
 pretrained.load = watched
-frozen, params = run.load_networks(job.setup, job.tokens, jax.random.key(0), job.mesh)
+frozen, params = networks.load(job.setup, job.tokens, jax.random.key(0), job.mesh)
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves((frozen.actor, frozen.generator)))
 for path, leaf in jax.tree_util.tree_leaves_with_path((frozen.actor, frozen.generator)):
     assert leaf.sharding.spec == sharding.spec_at(sharding.path_text(path), leaf.shape, job.mesh), path

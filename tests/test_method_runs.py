@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_runs import assert_same, command, load_state, read_lines, start, write_rows
 
-from metatuner_jax import data, evaluate
+from metatuner_jax import data, evaluate, tuner
 from metatuner_jax.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -48,6 +48,14 @@ def test_every_method_runs_to_its_results(method, root, tmp_path):
         assert metrics[-1]["phase"] == "search"
     if method == "zero_shot":
         assert results["after"] == results["before"]
+    assert_answers(tmp_path / "run")
+
+
+def assert_answers(folder):
+    """Compares what the run said with what is said by what it trained."""
+    predictions = read_lines(folder / "predictions.jsonl")
+    answers = tuner.Tuner.load(folder).answer([line["query"] for line in predictions])
+    assert [(answer.prompt, answer.text) for answer in answers] == [(line["prompt"], line["answer"]) for line in predictions]
 
 
 WARM = (
@@ -86,6 +94,7 @@ def test_warm_ups_are_phases_of_the_run(warm):
     before = [line["score"] for line in read_lines(folder / "before.jsonl")]
     assert results_of(folder)["before"]["mean"] == np.mean(before)
     assert np.all(load_state(folder, 7)["params"]["hyper"]["gain"] > 1.5)  # the joint phase began with standardised states
+    assert_answers(folder)
 
 
 @pytest.mark.parametrize("at", [1, 3, 5])  # in either warm-up and in the joint phase
@@ -101,6 +110,7 @@ def test_a_run_cut_off_in_any_phase_goes_on_as_if_it_had_not_been(at, warm, root
 def test_other_warm_ups_of_the_actor_go_on_too(settings, root, tmp_path, monkeypatch):
     settings = (*settings, "train.checkpoint_every=1")
     assert start(command(root, tmp_path / "whole", *settings))[0] == 0
+    assert_answers(tmp_path / "whole")
     goes_on(settings, 1, tmp_path / "whole", root, tmp_path, monkeypatch)
 
 

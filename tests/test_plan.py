@@ -15,7 +15,7 @@ from small_runs import SOAK
 from experiments import compiled as compiled_lib
 from experiments import plan, run
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, generator, methods, sharding
+from metatuner_jax import data, generator, methods, networks, sharding
 
 LENGTHS = data.Lengths(119, 77, 24)
 MODEL = config_lib.ModelConfig("llama", vocab_size=8192, num_layers=8, width=256, ff_width=1024, num_heads=8, num_kv_heads=4, head_width=32, tied=True)
@@ -64,7 +64,7 @@ def test_memory_is_what_the_compiler_says_of_eight_devices(compiled, case):
 
 def test_data_alone_sums_the_gradients(compiled):
     found = compiled["float32", "full", (8, 1, 1)]["by_kind"]
-    state, _ = compiled_lib.shapes(make_setup(learns="full"))
+    state, _ = networks.shapes(make_setup(learns="full"))
     layers = plan.count(state.params["shared"]) + plan.count(state.params["prompt"]["layers"])
     # The gradients of the layers are summed for the query and again for the expert prompt; so are those of the embedding.
     numbers = 2 * layers + 2 * plan.count(state.params["embed"]) + plan.count(state.params["prompt"]["head"]) + plan.count(state.params["hyper"])
@@ -83,7 +83,7 @@ def test_fsdp_brings_weights_together_and_not_rows(compiled):
     layers = (generator_passes + 2 * 8) * layer
     # The head: for each token sampled, for the first of them, and for the expert and the answer, both in two parts, there and back.
     head = (15 + 1 + 1 * 2 + 2 * 2) * table
-    state, _ = compiled_lib.shapes(make_setup())
+    state, _ = networks.shapes(make_setup())
     assert found["all-gather"]["bytes"] == pytest.approx(layers + head + 4 * plan.count(state.params["hyper"]), rel=0.05)
     assert found["all-reduce"]["bytes"] == pytest.approx(4 * plan.count(state.params), rel=0.15)
 
@@ -119,11 +119,11 @@ import ctypes, gc, json, sys
 import jax, jax.numpy as jnp
 from experiments import bench
 from experiments import compiled as compiled_lib
-from metatuner_jax import config, sharding
+from metatuner_jax import config, networks, sharding
 setup, lengths, _ = compiled_lib.from_json(json.load(sys.stdin))
 program = compiled_lib.lower_step(setup, lengths, sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])).compile()
 make = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1 if leaf.dtype == bool else 0.01 if leaf.dtype != int else 3, leaf.dtype), tree)
-state, frozen = compiled_lib.shapes(setup)
+state, frozen = networks.shapes(setup)
 batch, key = make(compiled_lib.batch_shapes(setup, lengths)), jax.random.key(0)
 gc.collect()
 ctypes.CDLL("libc.so.6").malloc_trim(0)

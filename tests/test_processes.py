@@ -18,8 +18,8 @@ END_S = 30  # in which the others end when one is gone
 WITH_FAULT = """
 import os, resource, signal, sys
 from experiments import run
-from metatuner_jax import checkpoint
-die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+from metatuner_jax import checkpoint, job
+die = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
 save = checkpoint.Checkpoints.save
 {}
 sys.exit(run.main())
@@ -125,7 +125,7 @@ def fault(checkpoints, step, *args):
 checkpoint.Checkpoints.save = fault
 """
 FAULTS = {  # what process 1 does, what the other one says of it, and the checkpoint from which all go on
-    "dies before it has read the data": ("run.prepare = die", "process 1 has died", None),
+    "dies before it has read the data": ("job.prepare = die", "process 1 has died", None),
     "dies while a checkpoint is written": (SAVING.format(before="", after="step > 2 and die()"), "process 1 has died", (2, 4)),
     "has a full disk": (
         SAVING.format(before="step > 2 and resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))", after=""),

@@ -16,7 +16,8 @@ import pytest
 from small_runs import assert_one_line, assert_same, command, load_state, read_lines, snapshot, start
 
 from experiments import choose_prompt, run
-from metatuner_jax import actor, data, evaluate, lora, passes, pretrained, product, rollout
+from metatuner_jax import actor, data, evaluate, lora, networks, passes, pretrained, product, rollout
+from metatuner_jax import job as job_lib
 
 pytestmark = pytest.mark.usefixtures("compiled")
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -222,15 +223,15 @@ def test_a_run_that_goes_on_keeps_the_type_that_auto_stood_for(saved, dtype, fin
         config["config"]["dtype"], config["resolved"]["dtype"] = "auto", saved
         (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(product, "fastest_dtype", lambda: "float32")
-    monkeypatch.setattr(run, "train_and_evaluate", lambda job, workdir, progress: jobs.append(job))
+    monkeypatch.setattr(job_lib, "do", lambda job, workdir, progress: jobs.append(job))
     assert run.main(command(root, folder, "dtype=auto")) == 0
     assert jobs[0].given.dtype == "auto" and jobs[0].setup.config.dtype == dtype
 
 
 def test_weights_of_one_checkpoint_are_held_once(root):
     _, _, assignments, _ = run.parse(command(root, "run", "method=metatuner_j"))
-    job = run.prepare(run.load_config(root / "config.py", assignments))
-    frozen, _ = run.load_networks(job.setup, job.tokens, jax.random.key(0), job.mesh)
+    job = job_lib.prepare(run.load_config(root / "config.py", assignments))
+    frozen, _ = networks.load(job.setup, job.tokens, jax.random.key(0), job.mesh)
     pairs = list(zip(jax.tree.leaves(frozen.generator), jax.tree.leaves(frozen.actor), strict=True))
     assert pairs and all(one is other for one, other in pairs)
 

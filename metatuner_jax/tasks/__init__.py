@@ -1,5 +1,6 @@
 """Tasks: rows with a query and an answer, and how a text is scored. One module a task, with `check` and `load`."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,6 +80,35 @@ def load(task: config.TaskConfig, seed: int) -> Task:
     module = _module(task)
     module.check(task)
     return module.load(task, seed)
+
+
+IN_MEMORY = "(rows in memory)"  # stands for the source of a split
+
+
+def of_rows(task: config.TaskConfig, seed: int, train, validation=None, test=None) -> tuple[config.TaskConfig, Task]:
+    """Returns a task of rows in memory, and the settings that stand for it.
+
+    Args:
+      task: of which count the options, the initial prompt and the numbers of rows, as for `task.name=jsonl`.
+      train, validation, test: rows as dicts of a field for the query and one for the answer; a split that is None is cut from train.
+
+    Raises:
+      ValueError: a setting or a row cannot be used.
+    """
+    from metatuner_jax.tasks import jsonl, rows
+
+    given = {}
+    for split, items in (("train", train), ("validation", validation), ("test", test)):
+        for number, item in enumerate(() if items is None else items, 1):
+            if not isinstance(item, dict):
+                raise ValueError(f"{split} row {number} is {config.short(item)}, no dict: give rows such as {{'question': ..., 'answer': ...}}")
+        if items is not None and not len(items):
+            raise ValueError(f"{split} holds no rows: give some, or none at all")
+        if items is not None:
+            given[split] = [rows.Row(f"{split} row {number}", item) for number, item in enumerate(items, 1)]
+    task = dataclasses.replace(task, name="jsonl", **{split: IN_MEMORY if split in given else None for split in ("train", "validation", "test")})
+    jsonl.check_options(task)
+    return task, jsonl.load(task, seed, read=lambda name, source, split, *_: given.get(split))
 
 
 def _module(task):

@@ -12,10 +12,7 @@ OPTIONS = {"question": "question", "answer": "answer", "metric": "exact_match", 
 
 def check(task: config.TaskConfig) -> None:
     """Raises ValueError for a setting that is known to be wrong without reading rows."""
-    rows.check_options(task, tuple(OPTIONS))
-    metric = task.options.get("metric", "exact_match")
-    if metric not in METRICS:
-        raise ValueError(f"task.options.metric={metric!r} is not one of {', '.join(METRICS)}{config.nearest(metric, METRICS)}")
+    check_options(task)
     if task.train is None and task.num_train != 0:
         raise ValueError("task.train=none: name the file, folder or hub id of the train rows")
     for split in ("train", "validation", "test"):
@@ -25,8 +22,20 @@ def check(task: config.TaskConfig) -> None:
         raise ValueError("task.test=none: name a test file, or set task.num_test to cut that many rows from train")
 
 
-def load(task: config.TaskConfig, seed: int) -> Task:
-    """Returns the task."""
+def check_options(task: config.TaskConfig) -> None:
+    """Raises ValueError for an option that is wrong wherever the rows come from."""
+    rows.check_options(task, tuple(OPTIONS))
+    metric = task.options.get("metric", "exact_match")
+    if metric not in METRICS:
+        raise ValueError(f"task.options.metric={metric!r} is not one of {', '.join(METRICS)}{config.nearest(metric, METRICS)}")
+
+
+def load(task: config.TaskConfig, seed: int, read=rows.read) -> Task:
+    """Returns the task.
+
+    Args:
+      read: in the place of `rows.read`.
+    """
     options = {**OPTIONS, **task.options}
 
     def example(id, row):
@@ -38,7 +47,7 @@ def load(task: config.TaskConfig, seed: int) -> Task:
             raise ValueError(f"{row.where}: field {field!r} holds no number: mend it, or set task.options.metric=exact_match")
         return Example(id, query, answer, reference=answer)
 
-    train, validation, test, dropped = rows.load_splits(task, seed, example)
+    train, validation, test, dropped = rows.load_splits(task, seed, example, read=read)
     prompt = task.initial_prompt or INITIAL_PROMPT
     return Task(task.name, options["metric"], prompt, train, validation, test, METRICS[options["metric"]], dropped)
 

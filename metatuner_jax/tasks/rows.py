@@ -234,7 +234,7 @@ def query_key(query: str) -> str:
     return " ".join(query.split())
 
 
-def load_splits(task: config.TaskConfig, seed: int, make_example, hub: Hub | None = None, validation_as_test: bool = False):
+def load_splits(task: config.TaskConfig, seed: int, make_example, hub: Hub | None = None, validation_as_test: bool = False, read=read):
     """Returns the tuples train, validation and test, and the counts of what was dropped.
 
     A split that the task and its sources lack is cut from the train rows: the last ones of a shuffle by `seed`. Of
@@ -247,6 +247,7 @@ def load_splits(task: config.TaskConfig, seed: int, make_example, hub: Hub | Non
       hub: where rows come from that `task` does not name.
       validation_as_test: a source without a labelled test split gives its validation split for it, as is usual where test
         answers are secret; its validation rows are then cut from train.
+      read: in the place of `read`.
     """
     train_source = task.train or (hub.id if hub else None)
     dropped = {"validation_in_train": 0, "test_in_train": 0}

@@ -1,0 +1,294 @@
+"""What a run has trained, to answer with: for any query the prompt, the LoRA and the answer."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from metatuner_jax import checkpoint, data, evaluate, files, generator, lora, networks, passes, sharding, tasks, train
+from metatuner_jax import config as config_lib
+from metatuner_jax import job as job_lib
+from metatuner_jax import workdir as workdir_lib
+from metatuner_jax.lora import Lora
+from metatuner_jax.progress import Progress
+
+ADAPTERS = ("own", "mean", "none")
+PROMPTS = ("own", "initial")
+SIZES = 4  # batches have 1, 4, 16 .. queries, of which the least is taken that holds all
+
+# What may be another thing for answering than it was for training.
+MAY_CHANGE = (
+    "dtype", "generator.model", "actor.model", "actor.max_answer_tokens", "eval.batch_size", "data.too_long", "data.buckets", "mesh.data",
+    "mesh.fsdp", "mesh.tensor",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the actor says to a query, and the prompt under which it does."""
+
+    query: str
+    prompt: str
+    text: str
+
+
+class Tuner:
+    """A trained run: writes prompts and LoRA for queries, and answers them, greedily.
+
+    >>> import metatuner_jax as mt
+    >>> tuner = mt.Tuner.load("runs/quickstart")
+    >>> [answer] = tuner.answer(["reverse the list: one two three"])
+    >>> print(answer.prompt, answer.text, sep=" | ")  # doctest: +ELLIPSIS
+    ... | ...
+    >>> tuner.prompt("reverse the list: one two three") == answer.prompt
+    True
+    >>> sorted(tuner.lora("reverse the list: one two three"))
+    ['q', 'v']
+    """
+
+    def __init__(self, setup, tokens, params, frozen, mesh, initial_prompts, searched=None, mean=None, progress=None):
+        """Takes the parts of a run; `load` and `train` put them together.
+
+        Args:
+          setup: `generator.Setup`.
+          tokens: `data.Tokens`.
+          params: the tree that was learnt.
+          frozen: `generator.Frozen`, the actor warmed up where it was.
+          initial_prompts: by the names of a mixture's parts, or by ''.
+          searched: ids of the prompt for all queries, of a method that searches it.
+          mean: the mean adapter, of a method that writes an adapter a query; a text that says why there is none.
+        """
+        self.setup, self.tokens, self.params, self.frozen, self.mesh = setup, tokens, params, frozen, mesh
+        self.initial_prompts, self.searched, self._mean = initial_prompts, searched, mean
+        self.progress = progress or Progress(stream=sys.stderr)
+        self._passes = {}
+
+    @classmethod
+    def load(cls, workdir, step: int | None = None, settings: Mapping[str, Any] | None = None, progress: Progress | None = None) -> "Tuner":
+        """Returns what the run in a folder has trained. Its rows are not needed.
+
+        Args:
+          step: of the checkpoint; None: the one that was evaluated or, of a run that has not ended, the best so far.
+          settings: of `MAY_CHANGE` by their dotted names, such as {"eval.batch_size": 8}.
+
+        Raises:
+          ValueError: the folder holds no run of ours, or its models or checkpoint cannot be used; in one line.
+        """
+        workdir = pathlib.Path(workdir)
+        saved, results = (files.read_json(workdir / f"{name}.json") for name in ("config", "results"))
+        if saved is None or not workdir_lib.is_ours(saved):
+            raise ValueError(f"--workdir={workdir} holds no run: name the folder of one, such as runs/quickstart")
+        config = _changed(config_lib.from_tree(workdir_lib.with_newer_settings(saved["config"])), settings or {})
+        job_lib.find_devices()
+        setup, tokens = job_lib.make_setup(config, saved.get("resolved", {}).get("dtype"))
+        mesh = _mesh(config.mesh, any(name.startswith("mesh.") for name in settings or {}))
+        if step is None:
+            step = results["checkpoint"] if results else checkpoint.best_in(workdir / "checkpoints")
+        if step is None and setup.method.learns:
+            raise ValueError(f"--workdir={workdir} has no checkpoint yet: let the run go on for longer")
+        if setup.method.prompt == "searched" and "searched_prompt" not in (results or {}):
+            raise ValueError(f"--workdir={workdir} has not found its prompt yet: run the same command again, until it has ended")
+        params = _load_params(setup, workdir, step, mesh) if setup.method.learns else {}
+        frozen = networks.load_frozen(setup, tokens, mesh)
+        if "actor" in params and step >= config.warmup.actor_steps:
+            frozen = train.warmed_up(setup, frozen, params)
+        mean = _mean_of(workdir, step)
+        prompts = saved.get("initial_prompts") or _read_initial_prompts(setup.config)
+        return cls(setup, tokens, params, frozen, mesh, prompts, (results or {}).get("searched_prompt"), mean, progress)
+
+    @classmethod
+    def train(
+        cls, config: config_lib.Config, workdir, train: Sequence[dict], validation: Sequence[dict] | None = None,
+        test: Sequence[dict] | None = None, progress: Progress | None = None,
+    ) -> "Tuner":
+        """Trains on rows in memory, evaluates, and returns what was trained. The same call goes on where it was broken off.
+
+        Args:
+          config: as `config.make` returns it; its `task` names the fields (`options`), the metric, the initial prompt and the numbers of rows.
+          workdir: folder of the run, with all that `experiments.run` leaves there.
+          train, validation, test: rows such as {"question": ..., "answer": ...}; a split that is not given is cut from train.
+
+        Raises:
+          ValueError, OSError: config, rows, models or folder cannot be used; in one line, before anything slow.
+          RuntimeError: training failed.
+        """
+        config_lib.check(config)
+        workdir = pathlib.Path(workdir)
+        task_config, task = tasks.of_rows(config.task, config.seed, train, validation, test)
+        config = dataclasses.replace(config, task=task_config)
+        with job_lib.begin(config, workdir, task=task) as work:
+            if work is not None:
+                job_lib.do(work, workdir, progress or Progress(log=workdir / "run.log"))
+        return cls.load(workdir)
+
+    def answer(self, queries: Sequence[str], adapter: str = "own", prompt: str = "own", part: str | None = None) -> list[Answer]:
+        """Returns the answers to queries.
+
+        Args:
+          adapter: 'own': the LoRA that is written for each query, or the static one; 'mean': that of all queries; 'none': the bare actor.
+          prompt: 'own': what the method writes or has found; 'initial': the hand-written one.
+          part: of a mixture, the part whose initial prompt the queries have.
+
+        Raises:
+          ValueError: a query is empty or too long, or the run has no such adapter or part.
+        """
+        config_lib.one_of("adapter", adapter, ADAPTERS)
+        config_lib.one_of("prompt", prompt, PROMPTS)
+        if adapter == "mean":
+            self.mean_lora()
+        rows = self._rows(queries, part)
+        if not len(rows):
+            return []
+        runner, index = self._passes_for(len(rows)), np.arange(len(rows))
+        if prompt == "own":
+            h, tokens, mask = runner.prompts(self.params, rows, index, self.searched)
+        else:
+            h = runner.encode(self.params, rows, index) if adapter == "own" and self.setup.method.adapter == "generated" else None
+            tokens, mask = rows.initial, rows.initial_mask
+        answered = runner.answer(rows, index, tokens, mask, self._adapter(runner, adapter, h))
+        texts = evaluate.texts_of(answered, self.tokens)
+        return [Answer(e.query, self.tokens.decode(*written), text) for e, written, text in zip(rows.examples, zip(tokens, mask), texts)]
+
+    def check(self, queries: Sequence[str], part: str | None = None) -> None:
+        """Raises ValueError where one of the queries cannot be answered, as `answer` does."""
+        self._rows(queries, part)
+
+    def stream(self, queries: Iterable[str], adapter: str = "own", prompt: str = "own", part: str | None = None) -> Iterator[Answer]:
+        """Yields the answers to queries in their order, a batch of `eval.batch_size` at a time, which are taken as they are needed."""
+        batch = []
+        for query in queries:
+            batch.append(query)
+            if len(batch) == self.setup.config.eval.batch_size:
+                yield from self.answer(batch, adapter, prompt, part)
+                batch = []
+        yield from self.answer(batch, adapter, prompt, part)
+
+    def prompt(self, query: str, part: str | None = None) -> str:
+        """Returns the prompt that the method writes for a query, or has found for all of them."""
+        rows = self._rows([query], part)
+        _, tokens, mask = self._passes_for(1).prompts(self.params, rows, np.arange(1), self.searched)
+        return self.tokens.decode(tokens[0], mask[0])
+
+    def lora(self, query: str, part: str | None = None) -> dict[str, Lora]:
+        """Returns the LoRA for a query by the names of the projections, numpy, float32: `a` is [l, i, r], `b` is [l, r, o], scale included.
+
+        Raises:
+          ValueError: the method has none.
+        """
+        method = self.setup.method
+        if method.adapter is None:
+            raise ValueError(f"method={self.setup.config.method} has no adapter: it adapts the prompt alone")
+        if method.adapter == "static":
+            return jax.tree.map(np.asarray, generator.static(self.params["hyper"], self.setup.config.hyper.scale))
+        rows, runner = self._rows([query], part), self._passes_for(1)
+        h = runner.encode(self.params, rows, np.arange(1))
+        at = np.zeros(sharding.row_parts(self.mesh), np.int32)  # a row for each part of the mesh
+        return lora.row(sharding.fetch(runner.adapt(self.params["hyper"], h[at])), 0)
+
+    def mean_lora(self) -> dict[str, Lora]:
+        """Returns the mean adapter, as `lora` returns one: of a method with one LoRA for all queries, that one.
+
+        Raises:
+          ValueError: the method has none, or it was not made for this checkpoint.
+        """
+        if self.setup.method.adapter != "generated":
+            return self.lora("")
+        if isinstance(self._mean, str):
+            raise ValueError(self._mean)
+        return self._mean
+
+    def _adapter(self, runner, name, h):
+        """Returns what `Passes.answer` takes as adapter."""
+        if name == "none" or self.setup.method.adapter is None:
+            return None
+        if name == "mean" and self.setup.method.adapter == "generated":
+            mean = self.mean_lora()
+            return lambda at: lora.repeat(mean, len(at))
+        return runner.adapter(self.params, h)
+
+    def _rows(self, queries, part):
+        """Returns queries as rows."""
+        queries = [queries] if isinstance(queries, str) else list(queries)
+        wrong = next((query for query in queries if not isinstance(query, str)), None)
+        if wrong is not None:
+            raise ValueError(f"query {config_lib.short(wrong)} is no text")
+        config, model = self.setup.config, (self.setup.generator, self.setup.actor)
+        rows = data.query_rows(self.tokens, config, self._initial_prompt(part), queries) if queries else ()
+        if queries:
+            longest = data.Lengths(*(int(getattr(rows, name).sum(axis=1).max()) for name in ("generator_mask", "query_mask", "answer_mask")))
+            job_lib.check_lengths(config, *model, longest, len(self.tokens.template.prefix))
+        return rows
+
+    def _initial_prompt(self, part):
+        if part is None and len(self.initial_prompts) == 1:
+            return next(iter(self.initial_prompts.values()))
+        if part not in self.initial_prompts:
+            raise ValueError(f"part={part!r} is not one of the parts of this run's task: {', '.join(map(repr, self.initial_prompts))}")
+        return self.initial_prompts[part]
+
+    def _passes_for(self, count):
+        """Returns the passes whose batches are the least that hold so many queries."""
+        size, largest = 1, self.setup.config.eval.batch_size
+        while size < min(count, largest):
+            size = min(size * SIZES, largest)
+        if size not in self._passes:
+            self._passes[size] = passes.Passes(self.setup, self.frozen, self.mesh, size, self.progress)
+        return self._passes[size]
+
+
+def _changed(config, settings):
+    """Returns a run's config with other settings for answering."""
+    for name in settings:
+        if name not in MAY_CHANGE:
+            near = config_lib.nearest(name, MAY_CHANGE)
+            raise ValueError(f"{name} cannot be another one than in training{near}; of a trained run these can: {', '.join(MAY_CHANGE)}")
+    tree = config_lib.to_tree(config)
+    config_lib.override(tree, [(name, "none" if value is None else str(value)) for name, value in settings.items()])
+    config = config_lib.from_tree(tree)
+    config_lib.check(config)
+    return config
+
+
+def _mesh(config, asked):
+    """Returns the mesh of the run where the devices here make it up, else all devices along data; what was asked for must be so."""
+    try:
+        return sharding.make_mesh(config)
+    except ValueError:
+        if asked:
+            raise
+        return sharding.make_mesh(config_lib.MeshConfig())
+
+
+def _load_params(setup, workdir, step, mesh):
+    """Returns the tree that was learnt at a step, on the mesh."""
+    state, _ = networks.shapes(setup)
+
+    def placed(path, leaf):
+        spec = sharding.spec_at(sharding.path_text(path), leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    like = jax.tree_util.tree_map_with_path(placed, state.params)
+    return checkpoint.load_params(workdir / "checkpoints", step, like)
+
+
+def _mean_of(workdir, step):
+    """Returns the mean adapter of a checkpoint, or a text that says why there is none."""
+    path = workdir / "mean_adapter.safetensors"
+    if not path.exists():
+        return f"{workdir} has no mean_adapter.safetensors, which a run leaves when it has been evaluated: let it end, with eval.report=test"
+    mean, about = lora.load(path)
+    if about["checkpoint"] != str(step):
+        return f"{path} is of the checkpoint of step {about['checkpoint']}, not {step}: take that one"
+    return mean
+
+
+def _read_initial_prompts(config):
+    """Returns the initial prompts of a task by its rows, for a run whose config.json does not have them yet."""
+    task = tasks.load(config.task, config.seed)
+    of_task = config.task.initial_prompt or task.initial_prompt
+    return {example.part: example.initial_prompt or of_task for example in task.train + task.validation + task.test}
