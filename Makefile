@@ -19,9 +19,9 @@ test: $(VENV)/.installed-test
 smoke: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m smoke
 
-# The same logits from torch and from here, on fresh random models; torch is needed for nothing else.
+# The same logits from torch and from here, on fresh random models and from what is exported; torch and peft are needed for nothing else.
 parity: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet torch==2.13.0 accelerate
+	$(BIN)/python -m pip install --quiet torch==2.13.0 accelerate peft
 	$(BIN)/python -m pytest tests/parity
 
 # The step compiled for a TPU, which need not be there; in an environment of its own, as jax looks for a TPU where libtpu is.

@@ -62,18 +62,15 @@ def predict(argv) -> int:
             raise run.Mistake("--workdir is missing: name the folder of a run, such as runs/quickstart")
         if "--query" in options and "--input" in options:
             raise run.Mistake("--query and --input are both given: give one of them")
-        step = options.get("--step")
-        if step is not None and not step.isdecimal():
-            raise run.Mistake(f"--step={step} must be the number of a checkpoint")
-        saved = files.read_json(workdir / "config.json")
-        batches = read(options, field_of(options, saved))  # before anything slow
+        step = step_of(options)
+        batches = read(options, field_of(options, workdir))  # before anything slow
         from metatuner_jax import job, tuner
 
         job.keep_compiled()
         adapter, prompt = options.get("--adapter", "own"), options.get("--prompt", "own")
         config_lib.one_of("--adapter", adapter, tuner.ADAPTERS)
         config_lib.one_of("--prompt", prompt, tuner.PROMPTS)
-        found = tuner.Tuner.load(workdir, step and int(step), dict(assignments))
+        found = tuner.Tuner.load(workdir, step, dict(assignments))
         if adapter == "mean":
             found.mean_lora()  # is there one
         size, part = found.setup.config.eval.batch_size, options.get("--part")
@@ -91,10 +88,19 @@ def predict(argv) -> int:
     return 0
 
 
-def field_of(options, saved):
+def step_of(options) -> int | None:
+    """Returns the number of --step, None where it is not given."""
+    step = options.get("--step")
+    if step is not None and not step.isdecimal():
+        raise run.Mistake(f"--step={step} must be the number of a checkpoint")
+    return None if step is None else int(step)
+
+
+def field_of(options, workdir):
     """Returns the fields of a row in which the query may stand, the likeliest first."""
     if "--field" in options:
         return [options["--field"]]
+    saved = files.read_json(workdir / "config.json")
     task = saved.get("config", {}).get("task", {}) if isinstance(saved, dict) else {}
     named = task.get("options", {}).get("question") if isinstance(task, dict) and isinstance(task.get("options"), dict) else None
     return [*([named] if named else []), "query", "question"]

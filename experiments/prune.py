@@ -87,21 +87,18 @@ def prune(spec, keep: list[int], folder: pathlib.Path) -> None:
     Raises:
       ValueError: the folder is there already, or the layers are not those of the model, each once and in order.
     """
+    from metatuner_jax import export
+
     config = pretrained.load_config(spec)
     if keep != sorted(set(keep)) or not 0 <= keep[0] <= keep[-1] < config.num_layers:
         raise ValueError(f"--keep={','.join(map(str, keep))} must name layers of 0 to {config.num_layers - 1}, each once and in order")
-    if folder.exists():
-        raise ValueError(f"--out={folder} is there already: name a new folder")
+    export.check_new(folder)
     arrays = {}
     pretrained.load(spec, "float32", put=lambda path, array: arrays.setdefault(path, np.asarray(array)))
     config = dataclasses.replace(config, num_layers=len(keep))
-    tensors = {}
-    for leaf in pretrained.layout(config):
-        array = arrays[leaf.path]
-        for name, part in zip(leaf.names, array[keep] if leaf.stacked else [array]):
-            tensors[name] = np.ascontiguousarray(part.T if leaf.transposed else part)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    pretrained.write(config, tensors, pretrained.load_tokenizer(spec), folder)
+    kept = {path: array[keep] if path.startswith("layers/") else array for path, array in arrays.items()}
+    with export.new_folder(folder) as beside:
+        export.write_model(beside, config, kept, pretrained.load_tokenizer(spec))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,15 @@ def load_params(folder, step: int, like):
         return reader.restore(place / "default", args=ocp.args.PyTreeRestore({"params": like}, restore_args=how, partial_restore=True))["params"]
 
 
+def write_params(folder, step: int, params) -> None:
+    """Writes a checkpoint of what had been learnt alone, with its sums, in a folder that is not there yet: for `load_params`."""
+    folder = pathlib.Path(folder).absolute()
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / str(step) / "default", {"params": params})
+    sums_path(folder, step).parent.mkdir()
+    files.write_json(sums_path(folder, step), sums_of(folder / str(step)))
+
+
 def _barrier(*, key: str, timeout_ms: int) -> None:
     """Waits for the other processes, but not with an error on its way: they wait for what has failed, and would only learn of it after minutes."""
     failure = sys.exc_info()[1]

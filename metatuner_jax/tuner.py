@@ -1,6 +1,7 @@
 """What a run has trained, to answer with: for any query the prompt, the LoRA and the answer."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,19 +52,20 @@ class Tuner:
     ['q', 'v']
     """
 
-    def __init__(self, setup, tokens, params, frozen, mesh, initial_prompts, searched=None, mean=None, progress=None):
+    def __init__(self, setup, tokens, step, params, frozen, mesh, initial_prompts, searched=None, mean=None, progress=None):
         """Takes the parts of a run; `load` and `train` put them together.
 
         Args:
           setup: `generator.Setup`.
           tokens: `data.Tokens`.
+          step: of the checkpoint, None where nothing was to be learnt.
           params: the tree that was learnt.
-          frozen: `generator.Frozen`, the actor warmed up where it was.
+          frozen: returns `generator.Frozen`, the actor warmed up where it was; called when the models are needed.
           initial_prompts: by the names of a mixture's parts, or by ''.
           searched: ids of the prompt for all queries, of a method that searches it.
           mean: the mean adapter, of a method that writes an adapter a query; a text that says why there is none.
         """
-        self.setup, self.tokens, self.params, self.frozen, self.mesh = setup, tokens, params, frozen, mesh
+        self.setup, self.tokens, self.step, self.params, self.mesh, self._load_frozen = setup, tokens, step, params, mesh, frozen
         self.initial_prompts, self.searched, self._mean = initial_prompts, searched, mean
         self.progress = progress or Progress(stream=sys.stderr)
         self._passes = {}
@@ -94,12 +96,15 @@ class Tuner:
         if setup.method.prompt == "searched" and "searched_prompt" not in (results or {}):
             raise ValueError(f"--workdir={workdir} has not found its prompt yet: run the same command again, until it has ended")
         params = _load_params(setup, workdir, step, mesh) if setup.method.learns else {}
-        frozen = networks.load_frozen(setup, tokens, mesh)
-        if "actor" in params and step >= config.warmup.actor_steps:
-            frozen = train.warmed_up(setup, frozen, params)
+
+        def frozen():
+            weights = networks.load_frozen(setup, tokens, mesh)
+            warm = "actor" in params and step >= setup.config.warmup.actor_steps
+            return train.warmed_up(setup, weights, params) if warm else weights
+
         mean = _mean_of(workdir, step)
         prompts = saved.get("initial_prompts") or _read_initial_prompts(setup.config)
-        return cls(setup, tokens, params, frozen, mesh, prompts, (results or {}).get("searched_prompt"), mean, progress)
+        return cls(setup, tokens, step, params, frozen, mesh, prompts, (results or {}).get("searched_prompt"), mean, progress)
 
     @classmethod
     def train(
@@ -125,6 +130,11 @@ class Tuner:
             if work is not None:
                 job_lib.do(work, workdir, progress or Progress(log=workdir / "run.log"))
         return cls.load(workdir)
+
+    @functools.cached_property
+    def frozen(self):
+        """The weights that were not learnt, `generator.Frozen`."""
+        return self._load_frozen()
 
     def answer(self, queries: Sequence[str], adapter: str = "own", prompt: str = "own", part: str | None = None) -> list[Answer]:
         """Returns the answers to queries.
@@ -170,9 +180,15 @@ class Tuner:
 
     def prompt(self, query: str, part: str | None = None) -> str:
         """Returns the prompt that the method writes for a query, or has found for all of them."""
-        rows = self._rows([query], part)
-        _, tokens, mask = self._passes_for(1).prompts(self.params, rows, np.arange(1), self.searched)
-        return self.tokens.decode(tokens[0], mask[0])
+        return self.prompts([query], part)[0]
+
+    def prompts(self, queries: Sequence[str], part: str | None = None) -> list[str]:
+        """Returns the prompts of several queries, as `prompt` returns one."""
+        rows = self._rows(queries, part)
+        if not len(rows):
+            return []
+        _, tokens, mask = self._passes_for(len(rows)).prompts(self.params, rows, np.arange(len(rows)), self.searched)
+        return [self.tokens.decode(*written) for written in zip(tokens, mask)]
 
     def lora(self, query: str, part: str | None = None) -> dict[str, Lora]:
         """Returns the LoRA for a query by the names of the projections, numpy, float32: `a` is [l, i, r], `b` is [l, r, o], scale included.

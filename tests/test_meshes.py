@@ -16,7 +16,8 @@ from small_runs import SOAK, assert_close, command, load_state, start
 pytestmark = pytest.mark.usefixtures("compiled")
 # On busy cores a device may wait long for the others; XLA would give up after 40 s.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
-EIGHT = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 {PATIENT}"}
+# XLA has as many threads as cores. With two, the devices' collectives may each hold one and wait for a third: for ever.
+EIGHT = {**os.environ, "NPROC": "32", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 {PATIENT}"}
 KINDS = {  # what learns and in which order, with rollouts and evaluation
     "lora, joint": ("generator.train=lora", "method=metatuner_j", "train.prompt_gradient=straight_through"),
     "full, alternating": ("generator.train=full", "method=metatuner_i", "train.alternate_every=1", "hyper.network=trunk"),

@@ -48,14 +48,21 @@ def test_every_method_runs_to_its_results(method, root, tmp_path):
         assert metrics[-1]["phase"] == "search"
     if method == "zero_shot":
         assert results["after"] == results["before"]
-    assert_answers(tmp_path / "run")
+    found = assert_answers(tmp_path / "run")
+    if m.adapter is None:
+        with pytest.raises(ValueError, match=f"method={method} has no adapter: it adapts the prompt alone"):
+            found.mean_lora()
+    else:
+        assert set(found.mean_lora()) == set(found.lora("one two")) == {"q", "v"}
 
 
 def assert_answers(folder):
     """Compares what the run said with what is said by what it trained."""
     predictions = read_lines(folder / "predictions.jsonl")
-    answers = tuner.Tuner.load(folder).answer([line["query"] for line in predictions])
+    found = tuner.Tuner.load(folder)
+    answers = found.answer([line["query"] for line in predictions])
     assert [(answer.prompt, answer.text) for answer in answers] == [(line["prompt"], line["answer"]) for line in predictions]
+    return found
 
 
 WARM = (

@@ -2,5 +2,5 @@
 
 import importlib.util
 
-NEEDS = {"test_bench.py": "torch", "test_torch.py": "torch", "test_tpu.py": "libtpu"}
+NEEDS = {"test_bench.py": "torch", "test_peft.py": "peft", "test_torch.py": "torch", "test_tpu.py": "libtpu"}
 collect_ignore_glob = [name for name, package in NEEDS.items() if importlib.util.find_spec(package) is None]
