@@ -43,12 +43,13 @@ class Tuner:
 
     >>> import metatuner_jax as mt
     >>> tuner = mt.Tuner.load("runs/quickstart")
-    >>> [answer] = tuner.answer(["reverse the list: one two three"])
-    >>> print(answer.prompt, answer.text, sep=" | ")  # doctest: +ELLIPSIS
-    ... | ...
-    >>> tuner.prompt("reverse the list: one two three") == answer.prompt
+    >>> [answer] = tuner.answer(["Reverse this list of words: one, two, three"])
+    >>> answer.query
+    'Reverse this list of words: one, two, three'
+    >>> answer.prompt == tuner.prompt(answer.query)
     True
-    >>> sorted(tuner.lora("reverse the list: one two three"))
+    >>> [bare] = tuner.answer([answer.query], adapter="none", prompt="initial")  # what the model said before
+    >>> sorted(tuner.lora(answer.query))
     ['q', 'v']
     """
 
@@ -121,6 +122,17 @@ class Tuner:
         Raises:
           ValueError, OSError: config, rows, models or folder cannot be used; in one line, before anything slow.
           RuntimeError: training failed.
+
+        >>> import metatuner_jax as mt
+        >>> rows = [{"question": f"reverse: {a} {b}", "answer": f"{b} {a}"} for a in "abcdefg" for b in "abcdefg" if a != b]
+        >>> config = mt.config.make(
+        ...     generator={"model": "my-model"}, actor={"model": "my-model", "max_answer_tokens": 8}, task={"num_validation": 8, "num_test": 8},
+        ...     train={"num_steps": 2, "batch_size": 4}, rollout={"num_queries": 4, "num_prompts": 1},
+        ... )
+        >>> tuner = mt.Tuner.train(config, "runs/mine", rows)  # doctest: +ELLIPSIS
+        metatuner_j on jsonl, seed 0: both terms in every step: MetaTuner-J
+        ...
+        Everything is in runs/mine
         """
         config_lib.check(config)
         workdir = pathlib.Path(workdir)
@@ -296,7 +308,7 @@ def _mean_of(workdir, step):
     """Returns the mean adapter of a checkpoint, or a text that says why there is none."""
     path = workdir / "mean_adapter.safetensors"
     if not path.exists():
-        return f"{workdir} has no mean_adapter.safetensors, which a run leaves when it has been evaluated: let it end, with eval.report=test"
+        return f"{workdir} has no mean_adapter.safetensors, which a run of this version leaves at its end: let it end, with eval.report=test"
     mean, about = lora.load(path)
     if about["checkpoint"] != str(step):
         return f"{path} is of the checkpoint of step {about['checkpoint']}, not {step}: take that one"

@@ -1,5 +1,6 @@
 """What a run has trained answers as the run itself did, from Python and from the command line."""
 
+import doctest
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from small_runs import assert_one_line, command, killed_at_last, read_lines, sna
 import metatuner_jax as mt
 from experiments import predict
 from metatuner_jax import checkpoint, lora, sharding
+from metatuner_jax import tuner as tuner_lib
 
 pytestmark = pytest.mark.usefixtures("compiled")
 SETTINGS = ("eval.num_bootstrap=50", "hyper.scale=20", "train.learning_rate=0.02")  # a LoRA that changes what is said
@@ -96,7 +98,7 @@ def test_a_run_that_has_not_ended_gives_its_best_checkpoint(folder, predictions,
         (unfinished / name).unlink()
     found = mt.Tuner.load(unfinished)
     assert [answer.text for answer in found.answer([line["query"] for line in predictions])] == [line["answer"] for line in predictions]
-    with pytest.raises(ValueError, match="has no mean_adapter.safetensors, which a run leaves when it has been evaluated"):
+    with pytest.raises(ValueError, match="has no mean_adapter.safetensors, which a run of this version leaves at its end"):
         found.answer("reverse the list: one two three", adapter="mean")
     best = checkpoint.best_in(unfinished / "checkpoints")
     (other,) = {2, 4} - {best}
@@ -176,6 +178,19 @@ def test_rows_in_memory_train_what_rows_in_files_do(root, folder, tmp_path):
     with pytest.raises(ValueError, match="was begun with other data: train"):
         (here / "results.json").unlink()
         mt.Tuner.train(config, here, splits[0][:-1], *splits[1:])
+
+
+def test_the_examples_of_the_docstrings_hold(folder, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(folder)
+    (tmp_path / "my-model").symlink_to(root / "model")
+    tests = [test for test in doctest.DocTestFinder().find(tuner_lib, "tuner", globs={}) if test.examples]
+    assert {test.name for test in tests} == {"tuner.Tuner", "tuner.Tuner.train"}
+    for test in tests:
+        said = []
+        doctest.DocTestRunner().run(test, out=said.append)
+        assert not said, "".join(said)
 
 
 # --- the command line ---
