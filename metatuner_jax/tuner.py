@@ -36,6 +36,8 @@ class Answer:
     query: str
     prompt: str
     text: str
+    ids: tuple[int, ...] = dataclasses.field(default=(), repr=False, compare=False)  # of the text, the end token included where it was reached
+    num_read: int = dataclasses.field(default=0, repr=False, compare=False)  # tokens that the actor read: template, prompt and query
 
 
 class Tuner:
@@ -148,16 +150,19 @@ class Tuner:
         """The weights that were not learnt, `generator.Frozen`."""
         return self._load_frozen()
 
-    def answer(self, queries: Sequence[str], adapter: str = "own", prompt: str = "own", part: str | None = None) -> list[Answer]:
+    def answer(
+        self, queries: Sequence[str], adapter: str = "own", prompt: str = "own", part: str | None = None, prompts: Sequence[str | None] = (),
+    ) -> list[Answer]:
         """Returns the answers to queries.
 
         Args:
           adapter: 'own': the LoRA that is written for each query, or the static one; 'mean': that of all queries; 'none': the bare actor.
           prompt: 'own': what the method writes or has found; 'initial': the hand-written one.
           part: of a mixture, the part whose initial prompt the queries have.
+          prompts: for each query, one that it is answered under in their place, or None.
 
         Raises:
-          ValueError: a query is empty or too long, or the run has no such adapter or part.
+          ValueError: a query or prompt is empty or too long, or the run has no such adapter or part.
         """
         config_lib.one_of("adapter", adapter, ADAPTERS)
         config_lib.one_of("prompt", prompt, PROMPTS)
@@ -172,13 +177,23 @@ class Tuner:
         else:
             h = runner.encode(self.params, rows, index) if adapter == "own" and self.setup.method.adapter == "generated" else None
             tokens, mask = rows.initial, rows.initial_mask
+        tokens, mask = np.array(tokens), np.array(mask)
+        for i, text in enumerate(prompts):
+            if text is not None:
+                tokens[i], mask[i] = self._given(text)
         answered = runner.answer(rows, index, tokens, mask, self._adapter(runner, adapter, h))
         texts = evaluate.texts_of(answered, self.tokens)
-        return [Answer(e.query, self.tokens.decode(*written), text) for e, written, text in zip(rows.examples, zip(tokens, mask), texts)]
+        num_read = len(self.tokens.template.prefix) + (mask & (tokens != self.setup.end_id)).sum(axis=1) + rows.query_mask.sum(axis=1)
+        return [
+            Answer(e.query, self.tokens.decode(tokens[i], mask[i]), texts[i], tuple(answered.tokens[i][answered.mask[i]].tolist()), int(num_read[i]))
+            for i, e in enumerate(rows.examples)
+        ]  # fmt: skip
 
-    def check(self, queries: Sequence[str], part: str | None = None) -> None:
-        """Raises ValueError where one of the queries cannot be answered, as `answer` does."""
+    def check(self, queries: Sequence[str], part: str | None = None, given: str | None = None) -> None:
+        """Raises ValueError where one of the queries cannot be answered, or not under a given prompt, as `answer` does."""
         self._rows(queries, part)
+        if given is not None:
+            self._given(given)
 
     def stream(self, queries: Iterable[str], adapter: str = "own", prompt: str = "own", part: str | None = None) -> Iterator[Answer]:
         """Yields the answers to queries in their order, a batch of `eval.batch_size` at a time, which are taken as they are needed."""
@@ -251,6 +266,14 @@ class Tuner:
             longest = data.Lengths(*(int(getattr(rows, name).sum(axis=1).max()) for name in ("generator_mask", "query_mask", "answer_mask")))
             job_lib.check_lengths(config, *model, longest, len(self.tokens.template.prefix))
         return rows
+
+    def _given(self, prompt):
+        """Returns (tokens, mask) of a prompt that somebody wrote."""
+        limit, ids = self.setup.config.generator.max_prompt_tokens, self.tokens.prompt_ids(prompt)
+        if len(ids) > limit:
+            raise ValueError(f"prompt {config_lib.short(prompt)} takes {len(ids)} tokens with the end token, above generator.max_prompt_tokens={limit}: shorten it")
+        tokens, mask = data.pad([ids], limit, "right")
+        return tokens[0], mask[0]
 
     def _initial_prompt(self, part):
         if part is None and len(self.initial_prompts) == 1:
