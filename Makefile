@@ -1,4 +1,4 @@
-# make quickstart | test | smoke | parity | tpu | check | bench | soak;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
+# make quickstart | test | smoke | parity | tpu | browser | check | bench | soak;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
 VENV ?= .venv
@@ -8,7 +8,7 @@ endif
 BIN = $(VENV)/bin
 SOURCES = setup.cfg pyproject.toml
 
-.PHONY: quickstart test smoke parity tpu check bench soak clean
+.PHONY: quickstart test smoke parity tpu browser check bench soak clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart
@@ -33,6 +33,11 @@ tpu:
 check: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet ruff
 	$(BIN)/python -m ruff check .
+
+# The server's page in a real browser, which is to be on the PATH as `chromium` (apt-get install chromium).
+browser: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pytest tests/browser
 
 # Every part of the work timed; `make bench BENCH="--against torch"` beside a reference in torch (pip install -e .[bench]).
 bench: $(VENV)/.installed

@@ -6,6 +6,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import html
 import importlib.resources
 import json
 import queue
@@ -165,7 +166,8 @@ def make_app(batcher: Batcher, name: str, any_host: bool = False):
     from starlette.routing import Route
 
     tuner = batcher.tuner
-    page = importlib.resources.files("experiments").joinpath("serve.html").read_text(encoding="utf-8").replace("{{name}}", name)
+    page = importlib.resources.files("experiments").joinpath("serve.html").read_text(encoding="utf-8")
+    page = page.replace("{{name}}", html.escape(name)).replace("{{base}}", "Actor after its warm-up" if "actor" in tuner.params else "Base model")
     kinds = [kind for kind, (adapter, _) in KINDS.items() if not (adapter == "mean" and isinstance(mean_of(tuner), str))]
 
     async def body(request):
@@ -190,7 +192,7 @@ def make_app(batcher: Batcher, name: str, any_host: bool = False):
         return await refused(request, Refused(400, str(error), "messages"))
 
     async def index(request):
-        return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"})
+        return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"})
 
     async def both(request):
         query = (await body(request)).get("query")

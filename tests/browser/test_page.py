@@ -1,0 +1,70 @@
+"""The server's page, as a browser shows it."""
+
+import os
+import shutil
+import socket
+import threading
+
+import pytest
+import uvicorn
+from playwright.sync_api import sync_playwright
+from small_runs import command, read_lines, start
+
+import metatuner_jax as mt
+from experiments import serve
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+@pytest.fixture(scope="module")
+def folder(root, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("page") / "run"
+    assert start(command(root, folder, "eval.num_bootstrap=50", "hyper.scale=20", "train.learning_rate=0.02"))[0] == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(serve.make_app(serve.Batcher(mt.Tuner.load(folder)), "my run"), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)], ids=["desktop", "phone"])
+def test_a_query_gets_its_prompt_answers_and_norms(size, scheme, url, browser, folder, tmp_path):
+    line = read_lines(folder / "predictions.jsonl")[0]
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    errors, outside = [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: outside.append(request.url) if not request.url.startswith(url) else None)
+    page.goto(url)
+    assert page.title() == "my run"
+    page.get_by_label("Query").fill(line["query"])
+    page.get_by_role("button", name="Answer").click()
+    page.locator("#result").wait_for(state="visible")
+    assert page.locator("#prompt").inner_text() == line["prompt"] and page.locator("#answer").text_content() == line["answer"]
+    assert page.locator("#bars rect").count() == 6  # three layers, two projections
+    assert page.locator("#legend").inner_text().split() == ["q", "v"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]  # nothing to scroll sideways
+    shown = os.environ.get("SCREENSHOTS", tmp_path)
+    page.screenshot(path=f"{shown}/page-{size[0]}-{scheme}.png", full_page=True)
+    assert not outside and not errors
+    page.get_by_label("Query").fill("two " * 600)
+    page.get_by_role("button", name="Answer").click()
+    page.get_by_role("alert").filter(has_text="above generator.max_query_tokens").wait_for()
+    page.close()
