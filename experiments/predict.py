@@ -73,10 +73,10 @@ def predict(argv) -> int:
         found = tuner.Tuner.load(workdir, step, dict(assignments))
         if adapter == "mean":
             found.mean_lora()  # is there one
-        print(f"{workdir}, step {found.step}; the first answers wait for the compiler", file=sys.stderr)
         size, part = found.setup.config.eval.batch_size, options.get("--part")
-        if "--input" in options:
+        if {"--query", "--input"} & set(options):
             found.check([query for items in batches(size) for _, query in items], part)
+        print(f"{workdir}, step {found.step}; the first answers wait for the compiler", file=sys.stderr)
         for items in batches(size):
             ids, queries = zip(*items)
             for id, answer in zip(ids, found.answer(queries, adapter, prompt, part)):

@@ -85,10 +85,8 @@ class Tuner:
           ValueError: the folder holds no run of ours, or its models or checkpoint cannot be used; in one line.
         """
         workdir = pathlib.Path(workdir)
+        config = _changed(workdir_lib.read_config(workdir), settings or {})
         saved, results = (files.read_json(workdir / f"{name}.json") for name in ("config", "results"))
-        if saved is None or not workdir_lib.is_ours(saved):
-            raise ValueError(f"--workdir={workdir} holds no run: name the folder of one, such as runs/quickstart")
-        config = _changed(config_lib.from_tree(workdir_lib.with_newer_settings(saved["config"])), settings or {})
         job_lib.find_devices()
         setup, tokens = job_lib.make_setup(config, saved.get("resolved", {}).get("dtype"))
         mesh = _mesh(config.mesh, any(name.startswith("mesh.") for name in settings or {}))

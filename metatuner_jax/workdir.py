@@ -77,6 +77,14 @@ def check_workdir(config, workdir, goes_on=False):
     return saved
 
 
+def read_config(workdir) -> config_lib.Config:
+    """Returns the config of the run in a folder; raises ValueError where there is none of ours."""
+    saved = files.read_json(workdir / "config.json")
+    if saved is None or not is_ours(saved):
+        raise ValueError(f"--workdir={workdir} holds no run: name the folder of one, such as runs/quickstart")
+    return config_lib.from_tree(with_newer_settings(saved["config"]))
+
+
 def is_ours(saved):
     """Returns whether the content of a config.json is laid out as a run writes it."""
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
@@ -180,11 +188,7 @@ def summary(results, predictions) -> str:
     if "after" not in results:
         return f"{results['task']}, {results['method']}: {validation}"
 
-    def row(name, score):
-        low, high = score["ci95"]
-        return f"  {name:<28}{100 * score['mean']:6.1f}%   [{100 * low:.1f}, {100 * high:.1f}]"
-
-    n, prompts, energy, cost = results["after"]["n"], results["prompts"], results["mean_adapter_energy"], results["cost"]
+    row, n, prompts, energy, cost = score_line, results["after"]["n"], results["prompts"], results["mean_adapter_energy"], results["cost"]
     lines = [
         f"{results['task']}, {n} unseen test queries, {results['metric']}   [95% interval]",
         row("before", results["before"]), row("after", results["after"]),
@@ -212,6 +216,12 @@ def summary(results, predictions) -> str:
         verdict = "right" if p["score"] == 1 else f"score {p['score']:g}, reference {_short(p['reference'])!r}"
         lines += ["", f"query:  {_short(p['query'])!r}", f"prompt: {_short(p['prompt'])!r}", f"answer: {_short(p['answer'])!r} ({verdict})"]
     return "\n".join(lines)
+
+
+def score_line(name: str, score: dict) -> str:
+    """Returns a line of the table, of a score {mean, ci95, n}."""
+    low, high = score["ci95"]
+    return f"  {name:<28}{100 * score['mean']:6.1f}%   [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _short(text, width=200):

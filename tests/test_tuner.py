@@ -13,7 +13,7 @@ import pytest
 from small_runs import assert_one_line, command, killed_at_last, read_lines, snapshot, start, write_rows
 
 import metatuner_jax as mt
-from experiments import predict
+from experiments import predict, score
 from metatuner_jax import checkpoint, lora, sharding
 from metatuner_jax import tuner as tuner_lib
 
@@ -246,5 +246,50 @@ def test_predict_answers_lines_as_they_come(folder, predictions):
 def test_predict_refuses_mistakes_in_one_line(arguments, texts, folder, root, capfd):
     before = snapshot(folder)
     code, output, errors = said(capfd, *(argument.format(folder=folder, root=root) for argument in arguments))
+    assert (code, output) == (2, "") and snapshot(folder) == before
+    assert_one_line(errors, *texts)
+
+
+# --- other rows ---
+
+
+def scored(capfd, *arguments):
+    """Returns (exit code, output, errors) of score."""
+    code = score.main([str(argument) for argument in arguments])
+    return code, *capfd.readouterr()
+
+
+def test_the_test_rows_score_again_what_the_run_says(folder, predictions, root, tmp_path, capfd):
+    results = read_json(folder / "results.json")
+    percent = lambda mean: f"{100 * mean:6.1f}%"
+    words = ("--workdir", folder, "--test", root / "test.jsonl")
+    code, output, _ = scored(capfd, *words, "--out", tmp_path / "out.jsonl")
+    title, strict, flexible = output.splitlines()
+    assert code == 0 and "8 rows of" in title and "exact_match, own adapter, own prompt" in title
+    assert percent(results["after"]["mean"]) in strict and percent(results["after_flexible"]["mean"]) in flexible
+    assert [{**line, "id": None} for line in read_lines(tmp_path / "out.jsonl")] == [{**line, "id": None} for line in predictions]
+    code, output, _ = scored(capfd, *words, "--adapter=mean", "--num_test=3")
+    assert code == 0 and "3 rows of" in output and "mean adapter" in output
+    write_rows(tmp_path / "right.jsonl", [{"question": line["query"], "answer": line["answer"]} for line in predictions if line["answer"].strip()])
+    code, output, _ = scored(capfd, "--workdir", folder, "--test", tmp_path / "right.jsonl")
+    assert code == 0 and " 100.0% " in output.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (("--workdir={folder}",), ("--test is missing",)),
+        (("--workdir=none", "--test={root}/test.jsonl"), ("--workdir=none holds no run",)),
+        (("--workdir={folder}", "--test=none.jsonl"), ("task.test='none.jsonl'", "no such file")),
+        (("--workdir={folder}", "--test={root}/no_field.jsonl"), ("no_field.jsonl:2: no field 'answer'",)),
+        (("--workdir={folder}", "--test={root}/test.jsonl", "--num_test=0"), ("--num_test=0 must be a whole number above 0",)),
+        (("--workdir={folder}", "--test={root}/test.jsonl", "--num_test=9"), ("task.num_test=9 is above the 8 rows",)),
+        (("--workdir={folder}", "--test={root}/test.jsonl", "--out={root}/test.jsonl"), ("is there already: name a new file",)),
+        (("--workdir={folder}", "--test={root}/test.jsonl", "--prompt=best"), ("--prompt='best' is not one of own, initial",)),
+    ],
+)
+def test_score_refuses_mistakes_in_one_line(arguments, texts, folder, root, capfd):
+    before = snapshot(folder)
+    code, output, errors = scored(capfd, *(argument.format(folder=folder, root=root) for argument in arguments))
     assert (code, output) == (2, "") and snapshot(folder) == before
     assert_one_line(errors, *texts)
