@@ -31,24 +31,13 @@ OPTIONS = ("--workdir", "--to", "--out", "--query", "--input", "--field", "--par
 
 def main(argv=None) -> int:
     """Returns the exit code: 0 done, 2 bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(USAGE)
-        return 0
-    try:
-        print(export(argv))
-    except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return run.answered(argv, USAGE, lambda argv: print(export(argv)))
 
 
 def export(argv) -> str:
     """Does what the command line says. Returns what was done."""
     options, assignments = run.read_arguments(argv, OPTIONS)
-    for name in ("--workdir", "--to", "--out"):
-        if name not in options:
-            raise run.Mistake(f"{name} is missing; see --help")
+    run.need(options, "--workdir", "--to", "--out")
     kind, dtype, base, query = options["--to"], options.get("--dtype", "float32"), options.get("--base"), options.get("--query")
     config_lib.one_of("--to", kind, KINDS)
     config_lib.one_of("--dtype", dtype, DTYPES)

@@ -104,6 +104,31 @@ def run(argv, stop) -> int:
 # --- the command line ---
 
 
+def answered(argv, usage: str, do) -> int:
+    """Returns the exit code of a command: 0 once do(argv) is done, 2 where it raises what the user can mend, after one line about it.
+
+    Args:
+      usage: what --help prints.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(usage)
+        return 0
+    try:
+        do(argv)
+    except (ValueError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def need(options, *names) -> None:
+    """Raises Mistake where an option that must be given is not."""
+    for name in names:
+        if name not in options:
+            raise Mistake(f"{name} is missing; see --help")
+
+
 def parse(argv):
     """Returns (config path, workdir, [(dotted key, text)], what `processes.join` takes).
 

@@ -31,24 +31,13 @@ OPTIONS = ("--workdir", "--test", "--num_test", "--adapter", "--prompt", "--step
 
 def main(argv=None) -> int:
     """Returns the exit code: 0 done, 2 bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(USAGE)
-        return 0
-    try:
-        score(argv)
-    except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return run.answered(argv, USAGE, score)
 
 
 def score(argv) -> None:
     """Does what the command line says."""
     options, assignments = run.read_arguments(argv, OPTIONS)
-    for name in ("--workdir", "--test"):
-        if name not in options:
-            raise run.Mistake(f"{name} is missing; see --help")
+    run.need(options, "--workdir", "--test")
     workdir, step, out = run.path_of(options, "--workdir"), predict.step_of(options), options.get("--out") and pathlib.Path(options["--out"])
     if out and out.exists():
         raise run.Mistake(f"--out={out} is there already: name a new file")

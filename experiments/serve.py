@@ -40,23 +40,28 @@ GREEDY = {"temperature": (0, None), "n": (1, None), "tools": ([], None), "functi
 
 def main(argv=None) -> int:
     """Returns the exit code: 0 stopped, 2 bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(USAGE)
-        return 0
-    try:
-        options, assignments = run.read_arguments(argv, ("--workdir", "--host", "--port", "--step"))
-        if "--workdir" not in options:
-            raise run.Mistake("--workdir is missing: name the folder of a run, such as runs/quickstart")
-        workdir, step, host, port = run.path_of(options, "--workdir"), predict.step_of(options), options.get("--host", "127.0.0.1"), options.get("--port", "8000")
-        if not port.isdecimal() or int(port) >= 2**16:
-            raise run.Mistake(f"--port={port} must be a number below 65536")
-        with listening(host, int(port)) as listener:
-            serve(listener, workdir, step, assignments)
-    except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return run.answered(argv, USAGE, serve)
+
+
+def serve(argv) -> None:
+    """Does what the command line says, until the process is asked to stop."""
+    options, assignments = run.read_arguments(argv, ("--workdir", "--host", "--port", "--step"))
+    run.need(options, "--workdir")
+    workdir, step, host, port = run.path_of(options, "--workdir"), predict.step_of(options), options.get("--host", "127.0.0.1"), options.get("--port", "8000")
+    if not port.isdecimal() or int(port) >= 2**16:
+        raise run.Mistake(f"--port={port} must be a number below 65536")
+    with listening(host, int(port)) as listener:
+        import uvicorn
+
+        from metatuner_jax import job, tuner
+
+        job.keep_compiled()
+        found = tuner.Tuner.load(workdir, step, dict(assignments))
+        found.answer(["hello"])  # what is wrong with weights or devices shows now
+        host, port = listener.getsockname()[:2]
+        print(f"serving {workdir}, step {found.step}, at http://{host}:{port}", flush=True)
+        app = make_app(Batcher(found), workdir.resolve().name, any_host=not host.startswith("127."))
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 def listening(host, port):
@@ -65,21 +70,6 @@ def listening(host, port):
         return socket.create_server((host, port))
     except OSError as error:
         raise run.Mistake(f"--host={host} --port={port}: cannot listen there ({error.strerror}): give another --port, or 0 for any that is free") from None
-
-
-def serve(listener, workdir, step, assignments):
-    """Answers what comes, until the process is asked to stop."""
-    import uvicorn
-
-    from metatuner_jax import job, tuner
-
-    job.keep_compiled()
-    found = tuner.Tuner.load(workdir, step, dict(assignments))
-    found.answer(["hello"])  # what is wrong with weights or devices shows now
-    host, port = listener.getsockname()[:2]
-    print(f"serving {workdir}, step {found.step}, at http://{host}:{port}", flush=True)
-    app = make_app(Batcher(found), workdir.resolve().name, any_host=not host.startswith("127."))
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 class Batcher:

@@ -180,11 +180,18 @@ class Checkpoints:
             # Of equal scores the later one counts as better: it has seen more.
             checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics["validation"] + 1e-9 * metrics["step"], n=1),
         ]
+        several = {}
+        if processes.group.count > 1:
+            # Told who they are, processes wait for one another by messages; else by a sum over their devices, which meets those of the step
+            # from another thread, in an order that not all have.
+            all_of_them = ocp.options.MultiprocessingOptions(active_processes=set(range(processes.group.count)))
+            several = {"async_options": ocp.AsyncOptions(barrier_sync_fn=_barrier), "multiprocessing_options": all_of_them, "create": False}
+            self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=lambda metrics: metrics["validation"] + 1e-9 * metrics["step"],
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier) if processes.group.count > 1 else None,
+            **several,
         )
         # Without the handler, a manager that has not saved yet cannot tell what a checkpoint holds.
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
