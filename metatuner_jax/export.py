@@ -188,7 +188,7 @@ def card(saved: dict, results: dict, base: str, loras: dict[str, Lora]) -> str:
     rank = next((one.a.shape[2] for one in loras.values()), 0)
     drop = 100 * (adapter["own"]["mean"] - adapter["mean"]["mean"])
     prompts = "\n".join(f"- {name + ': ' if name else ''}`{json.dumps(text, ensure_ascii=False)}`" for name, text in saved["initial_prompts"].items())
-    source = f"The run's own base was `{config['actor']['model']}`." if config["actor"]["model"] != base else ""
+    source = f"The run's own base, by which the scores below were had, was `{config['actor']['model']}`." if config["actor"]["model"] != base else ""
     return f"""---
 base_model: {base}
 library_name: peft
