@@ -13,7 +13,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from metatuner_jax import config as config_lib
 from metatuner_jax import data, generator, networks, sharding, train
@@ -116,17 +116,9 @@ def compile_step(setup, lengths, mesh: config_lib.MeshConfig) -> dict:
 
 def lower_step(setup, lengths, mesh):
     """Returns the step of the joint phase for shapes on a real mesh, as it is given to the compiler."""
-
-    def put(spec_of, tree):
-        def one(path, leaf):
-            where = NamedSharding(mesh, spec_of(sharding.path_text(path), leaf.shape))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-        return jax.tree_util.tree_map_with_path(one, tree)
-
-    state, frozen = put(lambda path, shape: sharding.spec_at(path, shape, mesh), networks.shapes(setup))
-    batch = put(lambda *_: PartitionSpec(sharding.ROWS), batch_shapes(setup, lengths))
-    key = put(lambda *_: PartitionSpec(), jax.eval_shape(lambda: jax.random.key(0)))
+    state, frozen = sharding.shapes_at(networks.shapes(setup), mesh)
+    batch = sharding.shapes_at(batch_shapes(setup, lengths), mesh, lambda *_: PartitionSpec(sharding.ROWS))
+    key = sharding.shapes_at(jax.eval_shape(lambda: jax.random.key(0)), mesh, lambda *_: PartitionSpec())
     phase = train.phases(setup)[-1]
     loss, parts = phase.turns[0]
     with train.uncollected():

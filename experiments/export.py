@@ -53,6 +53,7 @@ def export(argv) -> str:
     found = tuner.Tuner.load(workdir, step, dict(assignments))
     part, model = options.get("--part"), found.setup.actor
     which = "the mean LoRA" if query is None else "the query's LoRA"
+    lora_of = lambda: found.mean_lora() if query is None else found.lora(query, part)
     if kind == "prompts":
         lines = prompts_of(found, read, part) if read else prompts_in(workdir)
         said = f"{len(lines)} prompts, {len({line['prompt'] for line in lines})} of them distinct"
@@ -61,14 +62,14 @@ def export(argv) -> str:
         base = hub_id(found, base)
         if step is not None or not (workdir / "results.json").exists():
             raise run.Mistake(f"--to hub shows the run's results, which {workdir} must have: let it end, and give no --step")
-        loras, said = found.mean_lora(), f"the mean LoRA of {base}, what writes a prompt and a LoRA for each query, and README.md"
-        write = lambda folder: export.write_hub(folder, found, workdir, base)
+        loras, said = export.whole_lora(found, lora_of()), f"the mean LoRA of {base}, what writes a prompt and a LoRA for each query, and README.md"
+        write = lambda folder: export.write_hub(folder, found, workdir, base, loras)
     elif kind == "peft":
         base = export.base_of(found, base)
-        loras, said = export.whole_lora(found, found.mean_lora() if query is None else found.lora(query, part)), f"{which} of {base}"
+        loras, said = export.whole_lora(found, lora_of()), f"{which} of {base}"
         write = lambda folder: export.write_peft(folder, model, base, loras)
     else:
-        loras, said = found.mean_lora() if query is None else found.lora(query, part), f"{found.setup.config.actor.model} with {which} merged, {dtype}"
+        loras, said = lora_of(), f"{found.setup.config.actor.model} with {which} merged, {dtype}"
         write = lambda folder: export.write_model(folder, model, export.merged(found, loras), found.tokens.tokenizer, dtype)
     with export.new_folder(out) as folder:
         write(folder)

@@ -13,7 +13,7 @@ from metatuner_jax import config as config_lib
 from metatuner_jax import files, stopping
 from metatuner_jax.tasks import rows as rows_lib
 
-USAGE = """usage: python -m experiments.predict --workdir FOLDER [--query TEXT | --input FILE] [options] [--config.NAME=VALUE ...]
+USAGE = f"""usage: python -m experiments.predict --workdir FOLDER [--query TEXT | --input FILE] [options] [--config.NAME=VALUE ...]
 
 Answers queries with the best checkpoint of a run: those of --query or of a file, else the lines of standard input as they come. Each answer is
 printed as soon as its batch is done.
@@ -29,64 +29,62 @@ printed as soon as its batch is done.
   --json             one JSON object a line: id (where the input has one), query, prompt, answer
   --help             this text
 
-Of the run's settings these may be others than in training: {settings}
+Of the run's settings these may be others than in training: {", ".join(config_lib.MAY_DIFFER)}
 """
 OPTIONS = ("--workdir", "--query", "--input", "--field", "--adapter", "--prompt", "--part", "--step")
 
 
 def main(argv=None) -> int:
     """Returns the exit code: 0 done, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
         with stopping.Stop().heard():
-            return predict(argv)
+            return run.answered(argv, USAGE, predict)
     except stopping.Stopped as stopped:
         print(f"stopped by {stopped}", file=sys.stderr)
         return 128 + stopped.number
-    except BrokenPipeError:  # who reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
-def predict(argv) -> int:
-    """Does what the command line says. Returns the exit code."""
+def predict(argv) -> None:
+    """Does what the command line says."""
+    options, assignments = run.read_arguments(argv, OPTIONS, ("--json",))
+    run.need(options, "--workdir")
+    if "--query" in options and "--input" in options:
+        raise run.Mistake("--query and --input are both given: give one of them")
+    workdir, step = run.path_of(options, "--workdir"), step_of(options)
+    batches = read(options, field_of(options, workdir))  # before anything slow
+    how = how_of(options)
+    found = load(workdir, step, assignments)
+    if how[0] == "mean":
+        found.mean_lora()  # is there one
+    size, part = found.setup.config.eval.batch_size, options.get("--part")
+    if {"--query", "--input"} & set(options):
+        found.check([query for items in batches(size) for _, query in items], part)
+    print(f"{workdir}, step {found.step}; the first answers wait for the compiler", file=sys.stderr)
     try:
-        if "--help" in argv or "-h" in argv:
-            from metatuner_jax import tuner
-
-            print(USAGE.format(settings=", ".join(tuner.MAY_CHANGE)))
-            return 0
-        options, assignments = run.read_arguments(argv, OPTIONS, ("--json",))
-        workdir = options.get("--workdir") and run.path_of(options, "--workdir")
-        if not workdir:
-            raise run.Mistake("--workdir is missing: name the folder of a run, such as runs/quickstart")
-        if "--query" in options and "--input" in options:
-            raise run.Mistake("--query and --input are both given: give one of them")
-        step = step_of(options)
-        batches = read(options, field_of(options, workdir))  # before anything slow
-        from metatuner_jax import job, tuner
-
-        job.keep_compiled()
-        adapter, prompt = options.get("--adapter", "own"), options.get("--prompt", "own")
-        config_lib.one_of("--adapter", adapter, tuner.ADAPTERS)
-        config_lib.one_of("--prompt", prompt, tuner.PROMPTS)
-        found = tuner.Tuner.load(workdir, step, dict(assignments))
-        if adapter == "mean":
-            found.mean_lora()  # is there one
-        size, part = found.setup.config.eval.batch_size, options.get("--part")
-        if {"--query", "--input"} & set(options):
-            found.check([query for items in batches(size) for _, query in items], part)
-        print(f"{workdir}, step {found.step}; the first answers wait for the compiler", file=sys.stderr)
         for items in batches(size):
             ids, queries = zip(*items)
-            for id, answer in zip(ids, found.answer(queries, adapter, prompt, part)):
+            for id, answer in zip(ids, found.answer(queries, *how, part)):
                 show(id, answer, "--json" in options)
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    except BrokenPipeError:  # who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def load(workdir, step, assignments):
+    """Returns what a run has trained, ready to answer with programs that an earlier command compiled."""
+    from metatuner_jax import job, tuner
+
+    job.keep_compiled()
+    return tuner.Tuner.load(workdir, step, dict(assignments))
+
+
+def how_of(options) -> tuple[str, str]:
+    """Returns --adapter and --prompt."""
+    from metatuner_jax import tuner
+
+    adapter, prompt = options.get("--adapter", "own"), options.get("--prompt", "own")
+    config_lib.one_of("--adapter", adapter, tuner.ADAPTERS)
+    config_lib.one_of("--prompt", prompt, tuner.PROMPTS)
+    return adapter, prompt
 
 
 def step_of(options) -> int | None:

@@ -47,13 +47,10 @@ def score(argv) -> None:
     saved = workdir_lib.read_config(workdir)
     task = load(saved.task, options["--test"], number and int(number), saved.seed)
 
-    from metatuner_jax import evaluate, job, tuner
+    from metatuner_jax import evaluate
 
-    job.keep_compiled()
-    adapter, prompt = options.get("--adapter", "own"), options.get("--prompt", "own")
-    config_lib.one_of("--adapter", adapter, tuner.ADAPTERS)
-    config_lib.one_of("--prompt", prompt, tuner.PROMPTS)
-    found = tuner.Tuner.load(workdir, step, dict(assignments))
+    adapter, prompt = predict.how_of(options)
+    found = predict.load(workdir, step, assignments)
     examples = sorted(task.test, key=lambda example: example.part)
     parts = {example.part: [one for one in examples if one.part == example.part] for example in examples}
     for part, rows in parts.items():

@@ -53,10 +53,7 @@ def serve(argv) -> None:
     with listening(host, int(port)) as listener:
         import uvicorn
 
-        from metatuner_jax import job, tuner
-
-        job.keep_compiled()
-        found = tuner.Tuner.load(workdir, step, dict(assignments))
+        found = predict.load(workdir, step, assignments)
         found.answer(["hello"])  # what is wrong with weights or devices shows now
         host, port = listener.getsockname()[:2]
         print(f"serving {workdir}, step {found.step}, at http://{host}:{port}", flush=True)

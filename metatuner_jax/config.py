@@ -224,6 +224,13 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+# These may be others for answering with what a run has trained than they were in training.
+MAY_DIFFER = (
+    "dtype", "generator.model", "actor.model", "actor.max_answer_tokens", "eval.batch_size", "data.too_long", "data.buckets", "mesh.data",
+    "mesh.fsdp", "mesh.tensor",
+)  # fmt: skip
+
+
 def may_change(method: str, key: str, old, new) -> bool:
     """Returns whether a run that was begun with the old value of a setting may go on with the new one; more steps are such a change.
 

@@ -208,8 +208,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
             )
 
     def encode(example):
-        ids, own = tokens.generator_ids(prompt_of(example), example.query)
-        return ids, [int(its) for its in own], tokens.query_ids(example.query), tokens.answer_ids(example.answer)
+        return *tokens.generator_ids(prompt_of(example), example.query), tokens.query_ids(example.query), tokens.answer_ids(example.answer)
 
     encoded, too_long = {}, {}
     for split, examples in splits.items():

@@ -54,11 +54,11 @@ def whole_lora(tuner: Tuner, loras: dict[str, Lora]) -> dict[str, Lora]:
       ValueError: the actor was warmed up in full, which no LoRA holds.
     """
     warmup = tuner.setup.config.warmup
-    if "actor" not in tuner.params or tuner.step < warmup.actor_steps:
+    if tuner.warmed_up is None:
         return joined([loras])
     if warmup.actor_train == "full":
         raise ValueError("warmup.actor_train=full: all of the actor's weights were trained, which no LoRA holds: take --to merged")
-    return joined([generator.static(tuner.params["actor"], warmup.scale), loras])
+    return joined([generator.static(tuner.warmed_up, warmup.scale), loras])
 
 
 def joined(parts: list[dict[str, Lora]]) -> dict[str, Lora]:
@@ -101,9 +101,9 @@ def write_peft(folder: pathlib.Path, model: ModelConfig, base: str, loras: dict[
 
 def merged(tuner: Tuner, loras: dict[str, Lora]) -> dict[str, np.ndarray]:
     """Returns the actor's weights with a LoRA of all rows added, float32, by the paths of `pretrained.layout`."""
-    config, model, warm = tuner.setup.config, tuner.setup.actor, tuner.params.get("actor")
-    if warm is not None and tuner.step >= config.warmup.actor_steps and config.warmup.actor_train == "full":
-        arrays = flat(warm)
+    config, model = tuner.setup.config, tuner.setup.actor
+    if tuner.warmed_up is not None and config.warmup.actor_train == "full":
+        arrays = flat(tuner.warmed_up)
     else:
         arrays = {}
         pretrained.load(config.actor.model, "float32", put=lambda path, array: arrays.setdefault(path, np.array(array)))
@@ -151,12 +151,15 @@ def base_of(tuner: Tuner, base: str | None = None) -> str:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def write_hub(folder: pathlib.Path, tuner: Tuner, workdir: pathlib.Path, base: str) -> None:
+def write_hub(folder: pathlib.Path, tuner: Tuner, workdir: pathlib.Path, base: str, loras: dict[str, Lora]) -> None:
     """Writes the mean adapter in PEFT's layout, what `Tuner.load` needs for prompts and adapters of one's own, and a model card.
 
     Rows of the data are not in it.
+
+    Args:
+      loras: the mean adapter, as `whole_lora` returns it.
     """
-    write_peft(folder, tuner.setup.actor, base, whole_lora(tuner, tuner.mean_lora()))
+    write_peft(folder, tuner.setup.actor, base, loras)
     inner = folder / "metatuner"
     inner.mkdir()
     for name in ("config.json", "results.json", "mean_adapter.safetensors"):
@@ -165,7 +168,7 @@ def write_hub(folder: pathlib.Path, tuner: Tuner, workdir: pathlib.Path, base: s
     if tuner.step is not None:
         checkpoint.write_params(inner / "checkpoints", tuner.step, tuner.params)
     saved, results = (json.loads((workdir / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "results"))
-    (folder / "README.md").write_text(card(saved, results, base, whole_lora(tuner, tuner.mean_lora())), encoding="utf-8")
+    (folder / "README.md").write_text(card(saved, results, base, loras), encoding="utf-8")
 
 
 def card(saved: dict, results: dict, base: str, loras: dict[str, Lora]) -> str:

@@ -108,7 +108,7 @@ def prepare(config, dtype=None, mesh=None, task=None) -> Job:
     task = task or tasks.load(config.task, config.seed)
     initial_prompt = config.task.initial_prompt or task.initial_prompt
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    check_alike({**data.digest_texts(splits), "config": config_lib.plain(given), "versions": workdir_lib.versions()})
+    check_alike(lambda: {**data.digest_texts(splits), "config": config_lib.plain(given), "versions": workdir_lib.versions()})
     rows, lengths, too_long = data.make_rows(tokens, config, initial_prompt, splits)
     highest = data.largest_id(rows, tokens)
     if highest >= setup.actor.vocab_size:
@@ -127,7 +127,7 @@ def prepare(config, dtype=None, mesh=None, task=None) -> Job:
     for role in () if planned else ("generator", "actor"):
         of_model(config, role, pretrained.check_weights)
     sums = data.digest(rows)
-    check_alike(sums)
+    check_alike(lambda: sums)
     return Job(given, setup, task, tokens, rows, lengths, too_long, mesh, sums)
 
 
@@ -156,9 +156,11 @@ def make_setup(config, dtype=None) -> tuple[Setup, data.Tokens]:
     return Setup(config, generator, actor, tokens.end_id, tokens.template.prefix), tokens
 
 
-def check_alike(mine):
-    """Raises ValueError where something that goes into a run ({name: value}) is not the same in all processes."""
-    told = processes.group.gather(mine)
+def check_alike(make):
+    """Raises ValueError where something that goes into a run, make() -> {name: value}, is not the same in all processes."""
+    if processes.group.count == 1:
+        return
+    told = processes.group.gather(make())
     for other, found in enumerate(told):
         changed = [name for name in found if found[name] != told[0][name]]
         if changed:

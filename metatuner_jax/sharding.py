@@ -73,6 +73,16 @@ def place_one(path: str, leaf, mesh):
     return _put(leaf, NamedSharding(mesh, spec_at(path, np.shape(leaf), mesh)))
 
 
+def shapes_at(tree, mesh, spec_of=spec_at):
+    """Returns the shapes and types of a tree, of arrays that need not be there, with their placement: spec_of(path, shape, mesh)."""
+
+    def one(path, leaf):
+        where = NamedSharding(mesh, spec_of(path_text(path), leaf.shape, mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def _put(leaf, where):
     """Returns an array placed: of one that the host has, or that each of several hosts has."""
     if isinstance(leaf, jax.core.Tracer):

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from metatuner_jax import checkpoint, data, evaluate, files, generator, lora, networks, passes, sharding, tasks, train
 from metatuner_jax import config as config_lib
@@ -21,12 +20,6 @@ from metatuner_jax.progress import Progress
 ADAPTERS = ("own", "mean", "none")
 PROMPTS = ("own", "initial")
 SIZES = 4  # batches have 1, 4, 16 .. queries, of which the least is taken that holds all
-
-# What may be another thing for answering than it was for training.
-MAY_CHANGE = (
-    "dtype", "generator.model", "actor.model", "actor.max_answer_tokens", "eval.batch_size", "data.too_long", "data.buckets", "mesh.data",
-    "mesh.fsdp", "mesh.tensor",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Tuner:
           tokens: `data.Tokens`.
           step: of the checkpoint, None where nothing was to be learnt.
           params: the tree that was learnt.
-          frozen: returns `generator.Frozen`, the actor warmed up where it was; called when the models are needed.
+          frozen: returns `generator.Frozen` as the checkpoints have it; called when the models are needed.
           initial_prompts: by the names of a mixture's parts, or by ''.
           searched: ids of the prompt for all queries, of a method that searches it.
           mean: the mean adapter, of a method that writes an adapter a query; a text that says why there is none.
@@ -79,7 +72,7 @@ class Tuner:
 
         Args:
           step: of the checkpoint; None: the one that was evaluated or, of a run that has not ended, the best so far.
-          settings: of `MAY_CHANGE` by their dotted names, such as {"eval.batch_size": 8}.
+          settings: of `config.MAY_DIFFER` by their dotted names, such as {"eval.batch_size": 8}.
 
         Raises:
           ValueError: the folder holds no run of ours, or its models or checkpoint cannot be used; in one line.
@@ -97,13 +90,7 @@ class Tuner:
         if setup.method.prompt == "searched" and "searched_prompt" not in (results or {}):
             raise ValueError(f"--workdir={workdir} has not found its prompt yet: run the same command again, until it has ended")
         params = _load_params(setup, workdir, step, mesh) if setup.method.learns else {}
-
-        def frozen():
-            weights = networks.load_frozen(setup, tokens, mesh)
-            warm = "actor" in params and step >= setup.config.warmup.actor_steps
-            return train.warmed_up(setup, weights, params) if warm else weights
-
-        mean = _mean_of(workdir, step)
+        frozen, mean = functools.partial(networks.load_frozen, setup, tokens, mesh), _mean_of(workdir, step)
         prompts = saved.get("initial_prompts") or _read_initial_prompts(setup.config)
         return cls(setup, tokens, step, params, frozen, mesh, prompts, (results or {}).get("searched_prompt"), mean, progress)
 
@@ -145,8 +132,14 @@ class Tuner:
 
     @functools.cached_property
     def frozen(self):
-        """The weights that were not learnt, `generator.Frozen`."""
-        return self._load_frozen()
+        """The weights that do not learn in the joint phase, `generator.Frozen`, the actor warmed up where it was."""
+        frozen = self._load_frozen()
+        return frozen if self.warmed_up is None else train.warmed_up(self.setup, frozen, self.params)
+
+    @property
+    def warmed_up(self) -> dict | None:
+        """What the actor learnt in its warm-up, a static LoRA or all weights; None where there was none, or it was not over yet."""
+        return self.params.get("actor") if (self.step or 0) >= self.setup.config.warmup.actor_steps else None
 
     def answer(
         self, queries: Sequence[str], adapter: str = "own", prompt: str = "own", part: str | None = None, prompts: Sequence[str | None] = (),
@@ -293,9 +286,9 @@ class Tuner:
 def _changed(config, settings):
     """Returns a run's config with other settings for answering."""
     for name in settings:
-        if name not in MAY_CHANGE:
-            near = config_lib.nearest(name, MAY_CHANGE)
-            raise ValueError(f"{name} cannot be another one than in training{near}; of a trained run these can: {', '.join(MAY_CHANGE)}")
+        if name not in config_lib.MAY_DIFFER:
+            near = config_lib.nearest(name, config_lib.MAY_DIFFER)
+            raise ValueError(f"{name} cannot be another one than in training{near}; of a trained run these can: {', '.join(config_lib.MAY_DIFFER)}")
     tree = config_lib.to_tree(config)
     config_lib.override(tree, [(name, "none" if value is None else str(value)) for name, value in settings.items()])
     config = config_lib.from_tree(tree)
@@ -316,13 +309,7 @@ def _mesh(config, asked):
 def _load_params(setup, workdir, step, mesh):
     """Returns the tree that was learnt at a step, on the mesh."""
     state, _ = networks.shapes(setup)
-
-    def placed(path, leaf):
-        spec = sharding.spec_at(sharding.path_text(path), leaf.shape, mesh)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    like = jax.tree_util.tree_map_with_path(placed, state.params)
-    return checkpoint.load_params(workdir / "checkpoints", step, like)
+    return checkpoint.load_params(workdir / "checkpoints", step, sharding.shapes_at(state.params, mesh))
 
 
 def _mean_of(workdir, step):
@@ -339,5 +326,4 @@ def _mean_of(workdir, step):
 def _read_initial_prompts(config):
     """Returns the initial prompts of a task by its rows, for a run whose config.json does not have them yet."""
     task = tasks.load(config.task, config.seed)
-    of_task = config.task.initial_prompt or task.initial_prompt
-    return {example.part: example.initial_prompt or of_task for example in task.train + task.validation + task.test}
+    return tasks.initial_prompts(task.train + task.validation + task.test, config.task.initial_prompt or task.initial_prompt)

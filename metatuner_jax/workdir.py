@@ -7,7 +7,7 @@ import secrets
 import time
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import files, methods, processes
+from metatuner_jax import files, methods, processes, tasks
 
 NOT_SHARED = "--workdir={workdir} is not the same folder for all processes: name one that all of them see, such as a network file system's"
 
@@ -149,17 +149,13 @@ def write_config(job, workdir, progress):
         "kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count(),
         **({"processes": processes.group.count} if processes.group.count > 1 else {}),
     }  # fmt: skip
+    examples = [example for part in job.rows.values() for example in part.examples]
+    initial_prompts = tasks.initial_prompts(examples, job.given.task.initial_prompt or job.task.initial_prompt)
     content = {
-        "config": config, "resolved": config_lib.plain(job.setup.config), "versions": versions(), "devices": devices, "data": job.sums, "initial_prompts": initial_prompts(job),
+        "config": config, "resolved": config_lib.plain(job.setup.config), "versions": versions(), "devices": devices, "data": job.sums, "initial_prompts": initial_prompts,
         **({"changes": history} if history else {}),
     }  # fmt: skip
     files.write_json(path, content)
-
-
-def initial_prompts(job) -> dict[str, str]:
-    """Returns the initial prompt of each part of a mixture by its name, or of the whole task by ''."""
-    of_task = job.given.task.initial_prompt or job.task.initial_prompt
-    return {example.part: example.initial_prompt or of_task for part in job.rows.values() for example in part.examples}
 
 
 def versions() -> dict:

@@ -4,16 +4,21 @@ import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import uvicorn
 
 from experiments import run
+from metatuner_jax import transformer
 
 SOAK = os.environ.get("SOAK") == "1"  # the full counts of what is otherwise a sample
 
@@ -41,6 +46,31 @@ def start(arguments):
     with contextlib.redirect_stdout(io.StringIO()) as output:
         code = run.main(arguments)
     return code, output.getvalue()
+
+
+STRONG = ("eval.num_bootstrap=50", "hyper.scale=20", "train.learning_rate=0.02")  # for `command`: a LoRA that changes what is said
+
+
+@contextlib.contextmanager
+def served(app):
+    """Yields the address at which a thread serves an ASGI application."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def own_logits(tuner, tokens, loras=None):
+    """Returns the logits of a run's own actor, with a LoRA of all rows where one is given, numpy."""
+    actor = tuner.frozen.actor
+    stacks = actor["layers"] if isinstance(actor["layers"], tuple) else (actor["layers"],)
+    layers = {name: {part: jnp.concatenate([stack[name][part] for stack in stacks]) for part in stacks[0][name]} for name in stacks[0]}
+    return np.asarray(transformer.forward(tuner.setup.actor, {**actor, "layers": layers}, tokens, loras=jax.tree.map(jnp.asarray, loras)))
 
 
 def read_lines(path):

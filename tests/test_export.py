@@ -2,11 +2,10 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from small_runs import assert_one_line, command, read_lines, snapshot, start
+from small_runs import STRONG, assert_one_line, command, own_logits, read_lines, snapshot, start
 
 import metatuner_jax as mt
 from experiments import export
@@ -14,8 +13,7 @@ from metatuner_jax import pretrained, transformer
 
 pytestmark = pytest.mark.usefixtures("compiled")
 SETTINGS = (
-    "warmup.actor_steps=2", "warmup.targets=q,o", "warmup.rank=3", "warmup.learning_rate=0.02", "hyper.scale=20", "train.learning_rate=0.02",
-    "eval.num_bootstrap=50",
+    *STRONG, "warmup.actor_steps=2", "warmup.targets=q,o", "warmup.rank=3", "warmup.learning_rate=0.02",
 )  # fmt: skip
 
 
@@ -36,15 +34,6 @@ def done(capfd, *arguments):
     """Returns (exit code, output, errors) of export."""
     code = export.main([str(argument) for argument in arguments])
     return code, *capfd.readouterr()
-
-
-def own_logits(tuner, loras, tokens):
-    """Returns the logits of the run's own actor with a LoRA of all rows."""
-    actor = tuner.frozen.actor
-    stacks = actor["layers"] if isinstance(actor["layers"], tuple) else (actor["layers"],)
-    layers = {name: {part: jnp.concatenate([stack[name][part] for stack in stacks]) for part in stacks[0][name]} for name in stacks[0]}
-    loras = {target: one.replace(a=jnp.asarray(one.a), b=jnp.asarray(one.b)) for target, one in loras.items()}
-    return transformer.forward(tuner.setup.actor, {**actor, "layers": layers}, tokens, loras=loras)
 
 
 def with_peft(base, folder):
@@ -74,12 +63,12 @@ def test_peft_and_merged_compute_what_the_run_does(query, folder, tuner, root, t
     for name in merged:
         np.testing.assert_allclose(weights[name], merged[name], atol=1e-5)
     tokens = np.random.default_rng(0).integers(0, tuner.setup.actor.vocab_size, (2, 9))
-    ours = own_logits(tuner, tuner.mean_lora() if query is None else tuner.lora(query), tokens)
+    ours = own_logits(tuner, tokens, tuner.mean_lora() if query is None else tuner.lora(query))
     config, params = pretrained.load(tmp_path / "merged")
     assert config == tuner.setup.actor
-    assert np.abs(np.asarray(transformer.forward(config, params, tokens)) - np.asarray(ours)).max() < 1e-4
+    assert np.abs(np.asarray(transformer.forward(config, params, tokens)) - ours).max() < 1e-4
     bare = transformer.forward(*pretrained.load(root / "model"), tokens)
-    assert np.abs(np.asarray(bare) - np.asarray(ours)).max() > 0.01
+    assert np.abs(np.asarray(bare) - ours).max() > 0.01
     assert pretrained.load_tokenizer(tmp_path / "merged").chat_template == tuner.tokens.tokenizer.chat_template
 
 
@@ -124,8 +113,8 @@ def test_an_actor_that_was_warmed_up_in_full_is_merged_and_is_no_lora(root, tmp_
     assert_one_line(done(capfd, "--workdir", run, "--to", "peft", "--out", tmp_path / "peft")[2], "warmup.actor_train=full", "take --to merged")
     assert done(capfd, "--workdir", run, "--to", "merged", "--out", tmp_path / "merged")[0] == 0
     tuner, tokens = mt.Tuner.load(run), np.arange(14).reshape(2, 7)
-    ours = own_logits(tuner, tuner.mean_lora(), tokens)
-    assert np.abs(np.asarray(transformer.forward(*pretrained.load(tmp_path / "merged"), tokens)) - np.asarray(ours)).max() < 1e-4
+    ours = own_logits(tuner, tokens, tuner.mean_lora())
+    assert np.abs(np.asarray(transformer.forward(*pretrained.load(tmp_path / "merged"), tokens)) - ours).max() < 1e-4
     assert not (tmp_path / "peft").exists()
 
 

@@ -8,15 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
-from small_runs import assert_one_line, command, killed_at_last, read_lines, start
+from small_runs import STRONG, assert_one_line, command, killed_at_last, read_lines, served, start
 
 import metatuner_jax as mt
 from experiments import serve
@@ -28,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 def folder(root, tmp_path_factory):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("serve") / "run"
-    assert start(command(root, folder, "eval.num_bootstrap=50", "hyper.scale=20", "train.learning_rate=0.02"))[0] == 0
+    assert start(command(root, folder, *STRONG))[0] == 0
     return folder
 
 
@@ -44,14 +42,8 @@ def batcher(tuner):
 
 @pytest.fixture(scope="module")
 def url(batcher):
-    """Where the application is served by a thread."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(serve.make_app(batcher, "run"), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with served(serve.make_app(batcher, "run")) as url:
+        yield url
 
 
 @pytest.fixture

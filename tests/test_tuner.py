@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from small_runs import assert_one_line, command, killed_at_last, read_lines, snapshot, start, write_rows
+from small_runs import STRONG, assert_one_line, command, killed_at_last, read_lines, snapshot, start, write_rows
 
 import metatuner_jax as mt
 from experiments import predict, score
@@ -18,14 +18,13 @@ from metatuner_jax import checkpoint, lora, sharding
 from metatuner_jax import tuner as tuner_lib
 
 pytestmark = pytest.mark.usefixtures("compiled")
-SETTINGS = ("eval.num_bootstrap=50", "hyper.scale=20", "train.learning_rate=0.02")  # a LoRA that changes what is said
 
 
 @pytest.fixture(scope="module")
 def folder(root, tmp_path_factory):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("tuner") / "run"
-    assert start(command(root, folder, *SETTINGS))[0] == 0
+    assert start(command(root, folder, *STRONG))[0] == 0
     return folder
 
 
@@ -161,7 +160,7 @@ def test_long_queries_are_cut_where_asked(folder):
 def test_rows_in_memory_train_what_rows_in_files_do(root, folder, tmp_path):
     from experiments import run
 
-    path, _, assignments, _ = run.parse(command(root, "run", *SETTINGS))
+    path, _, assignments, _ = run.parse(command(root, "run", *STRONG))
     config = run.load_config(path, assignments)
     splits = [[json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()] for split in ("train", "validation", "test")]
     here = tmp_path / "run"

@@ -56,6 +56,11 @@ class Task:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
+def initial_prompts(examples, of_task: str) -> dict[str, str]:
+    """Returns the initial prompt of each part of a mixture by its name, or of the whole task by ''."""
+    return {example.part: example.initial_prompt or of_task for example in examples}
+
+
 def score_all(score: Callable[[str, Example], Score], texts, examples) -> list[Score]:
     """Returns the scores of texts, each for its example; several processes do a share each."""
 

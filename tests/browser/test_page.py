@@ -2,13 +2,10 @@
 
 import os
 import shutil
-import socket
-import threading
 
 import pytest
-import uvicorn
 from playwright.sync_api import sync_playwright
-from small_runs import command, read_lines, start
+from small_runs import STRONG, command, read_lines, served, start
 
 import metatuner_jax as mt
 from experiments import serve
@@ -20,19 +17,14 @@ pytestmark = pytest.mark.usefixtures("compiled")
 def folder(root, tmp_path_factory):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("page") / "run"
-    assert start(command(root, folder, "eval.num_bootstrap=50", "hyper.scale=20", "train.learning_rate=0.02"))[0] == 0
+    assert start(command(root, folder, *STRONG))[0] == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def url(folder):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(serve.make_app(serve.Batcher(mt.Tuner.load(folder)), "my run"), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with served(serve.make_app(serve.Batcher(mt.Tuner.load(folder)), "my run")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,14 @@
 """What is exported, as PEFT and transformers load and compute it."""
 
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-from small_runs import command, start
+from small_runs import command, own_logits, start
 
 import metatuner_jax as mt
 from experiments import export
-from metatuner_jax import transformer
-from metatuner_jax.lora import Lora
 
 pytestmark = [
     pytest.mark.usefixtures("compiled"),
@@ -28,12 +25,8 @@ def test_an_exported_adapter_gives_torch_our_logits(settings, root, tmp_path):
     assert start(command(root, run, "hyper.scale=5", "train.learning_rate=0.02", "eval.num_bootstrap=10", *settings))[0] == 0
     tuner, query = mt.Tuner.load(run), "reverse the list: one two three"
     tokens = np.random.default_rng(0).integers(0, tuner.setup.actor.vocab_size, (3, 17))
-    actor = tuner.frozen.actor
-    stacks = actor["layers"] if isinstance(actor["layers"], tuple) else (actor["layers"],)
-    layers = {name: {part: jnp.concatenate([stack[name][part] for stack in stacks]) for part in stacks[0][name]} for name in stacks[0]}
     for name, loras, words in (("mean", tuner.mean_lora(), ()), ("own", tuner.lora(query), ("--query", query))):
-        on_device = {target: Lora(jnp.asarray(one.a), jnp.asarray(one.b)) for target, one in loras.items()}
-        ours = np.asarray(transformer.forward(tuner.setup.actor, {**actor, "layers": layers}, tokens, loras=on_device))
+        ours = own_logits(tuner, tokens, loras)
         for kind in ("peft", "merged"):
             out = tmp_path / f"{kind}-{name}"
             assert export.main(["--workdir", str(run), "--to", kind, "--out", str(out), *words]) == 0
@@ -46,6 +39,5 @@ def test_an_exported_adapter_gives_torch_our_logits(settings, root, tmp_path):
             difference = np.abs(theirs - ours).max()
             print(f"{kind}, {name}: greatest difference {difference:.1e} of logits up to {np.abs(ours).max():.1f}")
             assert difference < 1e-4
-        bare = np.asarray(transformer.forward(tuner.setup.actor, {**actor, "layers": layers}, tokens))
-        assert np.abs(ours - bare).max() > 0.01
+        assert np.abs(ours - own_logits(tuner, tokens)).max() > 0.01
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / f"merged-{name}").chat_template
