@@ -95,7 +95,10 @@ class Group:
                     link.send_at_last({"failed": text, "code": code})
                 if not said:
                     more = "; the same command, in all processes, goes on from what is saved" if code == 1 else ""
-                    print(f"{'failed' if code == 1 else 'ended'}: {text}{more}", file=sys.stderr, flush=True)
+                    sys.stderr.flush()
+                    errors = os.dup(2)
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what jax logs of it in its own threads would stand after the line
+                    os.write(errors, f"{'failed' if code == 1 else 'ended'}: {text}{more}\n".encode())
                 sys.stdout.flush()
             finally:
                 os._exit(code)
