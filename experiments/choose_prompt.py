@@ -1,8 +1,6 @@
 """Scores hand-written prompts on validation rows with the bare actor, to choose task.initial_prompt; test rows are not scored.
 
-    python -m experiments.choose_prompt --config experiments/configs/quickstart.py
-
-The candidates are PROMPTS of the config file, or a file with one a line: --prompts FILE.
+    python -m experiments.choose_prompt --config quickstart
 """
 
 import sys
@@ -11,27 +9,34 @@ import numpy as np
 
 from experiments import run
 
+USAGE = """usage: python -m experiments.choose_prompt --config FILE [--prompts FILE] [--config.SECTION.NAME=VALUE ...]
+
+Prints the strict and the flexible score of each candidate, the best first (ties by the likelihood of the reference answers).
+
+  --config FILE   as experiments.run takes it; its PROMPTS are the candidates
+  --prompts FILE  other candidates, one a line
+  --help          this text; `python -m experiments.run --help` lists the settings
+"""
+
 
 def main(argv=None) -> int:
-    """Prints each candidate's strict and flexible score, the best first (ties by the reference answers' likelihood); returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        options, assignments = run.read_arguments(argv, ("--config", "--prompts"))
-        path = run.path_of(options, "--config")
-        config = run.load_config(path, assignments)
-        if "--prompts" in options:
-            candidates = read_prompts(run.path_of(options, "--prompts"))
-        else:
-            candidates = getattr(run.load_module(path)[0], "PROMPTS", ())
-        if not candidates:
-            raise run.Mistake(f"--config={path} has no PROMPTS: add the candidates there, or give --prompts FILE")
-        scores = sorted(score(config, candidates), reverse=True)
-    except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    for strict, flexible, likelihood, tokens, prompt in scores:
+    """Returns the exit code: 0 done, 2 bad input."""
+    return run.answered(argv, USAGE, choose)
+
+
+def choose(argv) -> None:
+    """Does what the command line says."""
+    options, assignments = run.read_arguments(argv, ("--config", "--prompts"))
+    path = run.config_path(options)
+    config = run.load_config(path, assignments)
+    if "--prompts" in options:
+        candidates = read_prompts(run.path_of(options, "--prompts"))
+    else:
+        candidates = getattr(run.load_module(path)[0], "PROMPTS", ())
+    if not candidates:
+        raise run.Mistake(f"--config={path} has no PROMPTS: add the candidates there, or give --prompts FILE")
+    for strict, flexible, likelihood, tokens, prompt in sorted(score(config, candidates), reverse=True):
         print(f"strict {100 * strict:5.1f}%  flexible {100 * flexible:5.1f}%  log-likelihood {likelihood:6.3f}  {tokens} tokens  {prompt}")
-    return 0
 
 
 def read_prompts(path):

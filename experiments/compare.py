@@ -1,6 +1,6 @@
 """Several methods on one task: runs a grid of methods and seeds one after the other, and says what came out.
 
-    python -m experiments.compare --config experiments/configs/quickstart.py --seeds 0,1,2 --workdir runs/compare
+    python -m experiments.compare --config quickstart --seeds 0,1,2 --workdir runs/compare
 """
 
 import collections
@@ -28,7 +28,7 @@ Runs each method with each seed, one after the other, in FOLDER/<method>-<seed> 
 table.md and comparison.png. What is finished is not run again, and a run that was broken off goes on. One that fails is named, and
 the others still run.
 
-  --config FILE         a Python file with get_config(), such as experiments/configs/quickstart.py
+  --config FILE         a Python file with get_config(), or the bare name of one that comes with this package, such as quickstart
   --methods A,B         of {", ".join(config_lib.METHODS)} (default: all)
   --seeds 0,1,2         (default: 0,1,2)
   --workdir FOLDER      where everything goes (default: runs/compare-<name of the config file>)
@@ -178,7 +178,7 @@ def main(argv=None) -> int:
 
 def read_grid(options, given) -> Grid:
     """Returns what the arguments ask for; raises Mistake where they cannot be meant."""
-    path = run.path_of(options, "--config")
+    path = run.config_path(options)
     taken = {"method": "--methods", "seed": "--seeds"} | ({"train.learning_rate": "--rates"} if "--rates" in options else {})
     for key, _ in given:
         if key in taken:
@@ -260,8 +260,9 @@ def join_saved(grid) -> dict:
     Raises:
       Mistake: a folder holds a comparison with other settings.
     """
+    here, comes = grid.config.resolve().is_relative_to(pathlib.Path.cwd()), grid.config.parent == run.CONFIGS
     asked = {
-        "config": os.path.relpath(grid.config) if grid.config.resolve().is_relative_to(pathlib.Path.cwd()) else str(grid.config),
+        "config": os.path.relpath(grid.config) if here else grid.config.stem if comes else str(grid.config),
         "settings": dict(grid.given), "rates": list(grid.rates), "search_steps": grid.search_steps if grid.rates else None,
         "sweep": grid.sweep, "method": grid.variants[0].method if grid.sweep else None,
     }  # fmt: skip

@@ -73,7 +73,7 @@ def main(argv) -> int:
     """
     names = ("--config", "--workdir", "--devices", "--memory", "--json", *run_lib.OF_PROCESSES)  # as a run's, but for three
     options, assignments = run_lib.read_arguments(argv, names, ("--plan",))
-    path = run_lib.path_of(options, "--config")
+    path = run_lib.config_path(options)
     devices = _number(options, "--devices", int) or jax.device_count()
     memory = _number(options, "--memory", float)
     memory = memory * GIB if memory else device_memory()

@@ -1,6 +1,6 @@
 """The command line: one run of one config, from data to results.
 
-    python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart --config.train.num_steps=20
+    python -m experiments.run --config quickstart --workdir runs/quickstart --config.train.num_steps=20
 """
 
 import contextlib
@@ -14,12 +14,14 @@ from metatuner_jax import config as config_lib
 from metatuner_jax import processes, stopping
 from metatuner_jax import workdir as workdir_lib
 
-USAGE = """usage: python -m experiments.run --config FILE [--workdir FOLDER] [--config.SECTION.NAME=VALUE ...]
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+INSTALLED = tuple(sorted(path.stem for path in CONFIGS.glob("[!_]*.py")))  # the configs that a bare name finds
+USAGE = f"""usage: python -m experiments.run --config FILE [--workdir FOLDER] [--config.SECTION.NAME=VALUE ...]
 
 Trains what the config says and shows on unseen queries how much better the model answers. A second run with the same
 workdir resumes; a finished one says so and changes nothing.
 
-  --config FILE     a Python file with get_config(), such as experiments/configs/quickstart.py
+  --config FILE     a Python file with get_config(), or the bare name of one that comes with this package: {", ".join(INSTALLED)}
   --workdir FOLDER  where everything goes (default: runs/<name of the config file>)
   --coordinator HOST:PORT --num_processes N --process_id I
                     one of several processes that do the run together, I from 0 to N-1, the first one at HOST:PORT; on TPU
@@ -136,15 +138,30 @@ def parse(argv):
       Mistake: an argument is unknown, or one is missing.
     """
     options, assignments = read_arguments(argv, ("--config", "--workdir", *OF_PROCESSES), ("--plan",))
-    path = path_of(options, "--config")
+    path = config_path(options)
     return path, path_of(options, "--workdir", f"runs/{path.stem}"), assignments, parse_processes(options)
+
+
+def config_path(options) -> pathlib.Path:
+    """Returns the config file that --config names: one that is there, or by its bare name one of those that come with this package.
+
+    Raises:
+      Mistake: --config is missing, or is the bare name of neither.
+    """
+    path = path_of(options, "--config")
+    if path.is_file() or path.suffix or path.name != str(path):
+        return path
+    if path.name not in INSTALLED:
+        near = config_lib.nearest(path.name, INSTALLED)
+        raise Mistake(f"--config={config_lib.short(path.name)} is neither a file nor one of the configs that come with this package: {', '.join(INSTALLED)}{near}")
+    return CONFIGS / f"{path.name}.py"
 
 
 def path_of(options, name, default=None):
     """Returns the path that an option names; raises Mistake where it names none."""
     value = options.get(name, default)
     if value is None:
-        raise Mistake(f"{name} is missing: name a file such as experiments/configs/quickstart.py")
+        raise Mistake(f"{name} is missing: name a file with get_config(), or one that comes with this package, such as quickstart")
     if not value:
         raise Mistake(f"argument {name} needs a value: {name}=VALUE")
     if "\0" in value:

@@ -167,8 +167,11 @@ def with_value(section, name, value):
 
 CONFIG_FILE = ("--config", "{at}/config.py", "--workdir", "{at}/../run")
 ARGUMENTS = {
-    "no config": Case(arguments=("--workdir", "run"), texts=("--config is missing: name a file such as experiments/configs/quickstart.py",)),
+    "no config": Case(arguments=("--workdir", "run"), texts=("--config is missing: name a file with get_config(), or one that comes with this package, such as quickstart",)),
     "a config that is not there": Case(arguments=("--config", "gone.py"), texts=("--config=gone.py is no file: name a Python file with get_config()",)),
+    "a bare name that no config has": Case(
+        arguments=("--config", "quickstrat"), texts=("--config='quickstrat' is neither a file nor one of the configs that come with this package: cosmosqa,", "did you mean 'quickstart'?")
+    ),
     "a folder as config": Case(arguments=("--config", "{root}"), texts=("--config={root} is no file: name a Python file with get_config()",)),
     "an empty config name": Case(arguments=("--config=",), texts=("argument --config needs a value: --config=VALUE",)),
     "an empty workdir": Case(arguments=("--config={root}/config.py", "--workdir="), texts=("argument --workdir needs a value: --workdir=VALUE",)),

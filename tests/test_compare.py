@@ -401,7 +401,7 @@ def test_bad_input_ends_with_one_line_and_starts_nothing(case, root, runs, capfd
 @pytest.mark.parametrize(
     "arguments, texts",
     [
-        ([], ["--config is missing: name a file such as experiments/configs/quickstart.py"]),
+        ([], ["--config is missing: name a file with get_config(), or one that comes with this package, such as quickstart"]),
         (["--config=gone.py"], ["--config=gone.py is no file"]),
         (["--report", "--results=gone"], ["--results=gone is no folder"]),
     ],
@@ -419,6 +419,12 @@ def test_a_folder_of_another_comparison_is_refused(root, runs, capfd):
     )
     assert call("--methods=sft", "--seeds=0", "--config.train.num_steps=9") == 2
     assert_one_line(capfd.readouterr().err, "--workdir=work/sft-0 holds another run: train.num_steps=100 there, 9 here")
+
+
+def test_a_config_by_its_bare_name_is_saved_by_it(root, runs):
+    """A path into where the package is installed means nothing on another machine."""
+    assert compare.main(["--config=quickstart", "--methods=sft", "--seeds=0", "--workdir=work"]) == 0
+    assert json.loads(pathlib.Path("work/grid.json").read_text())["config"] == "quickstart"
 
 
 def test_the_comparison_needs_no_jax():

@@ -35,6 +35,18 @@ def test_help_and_wrong_settings_need_no_jax(arguments, code):
             assert text in done.stdout
 
 
+def test_a_bare_name_is_a_config_that_comes_with_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # a folder of that name is no config
+    path, workdir, *_ = run.parse(["--config", "quickstart"])
+    assert path == REPOSITORY / "experiments" / "configs" / "quickstart.py" and str(workdir) == "runs/quickstart"
+    assert run.load_config(path, []).task.name == "reasoning_gym:word_sequence_reversal"
+    (tmp_path / "jsonl").write_text("")
+    assert run.config_path({"--config": "jsonl"}) == pathlib.Path("jsonl")  # a file that is there comes first
+    run.main(["--help"])
+    assert ", ".join(run.INSTALLED) in capsys.readouterr().out
+
+
 # --- the whole path ---
 
 
