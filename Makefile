@@ -1,4 +1,4 @@
-# make quickstart | test | smoke | parity | tpu | browser | check | bench | soak;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
+# make quickstart | test | smoke | parity | tpu | browser | check | docs | links | notebooks | wheel | bench | soak;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
 VENV ?= .venv
@@ -8,7 +8,7 @@ endif
 BIN = $(VENV)/bin
 SOURCES = setup.cfg pyproject.toml
 
-.PHONY: quickstart test smoke parity tpu browser check bench soak clean
+.PHONY: quickstart test smoke parity tpu browser check docs links notebooks wheel bench soak clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart
@@ -39,12 +39,29 @@ browser: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet playwright
 	$(BIN)/python -m pytest tests/browser
 
+# The site, in docs/_build/html. A warning is an error, and so is a link within it that leads nowhere.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs docs/_build/html
+
+# Its links to elsewhere, which takes a network.
+links: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
+
+# The notebooks, with a few steps.
+notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python -m pytest -n 0 tests/notebooks
+
+# The wheel, installed into an empty environment, with every command used there.
+wheel: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python tests/wheel.py
+
 # Every part of the work timed; `make bench BENCH="--against torch"` beside a reference in torch (pip install -e .[bench]).
 bench: $(VENV)/.installed
 	$(BIN)/python -m experiments.bench $(BENCH)
 
 # The full counts of what `make test` samples: kills, processes, meshes, bad input, properties, fuzzing, and a long run; about an hour.
-soak: $(VENV)/.installed-test
+soak: $(VENV)/.installed-test $(VENV)/.installed-notebooks
 	$(BIN)/python -m pip install --quiet atheris
 	$(BIN)/python tests/soak.py --out docs/soak.json
 
@@ -59,5 +76,9 @@ $(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs $(VENV)/.installed-notebooks: $(VENV)/.installed-%: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-* build *.egg-info
+	rm -rf .venv .venv-* build docs/_build *.egg-info

@@ -55,7 +55,7 @@ class Group:
         return self.gather(None if self.index else make())[0]
 
     def shared(self, do, *items) -> list:
-        """Returns do(*item) for all items, of which each process does its share."""
+        """Returns `do(*item)` for all items, of which each process does its share."""
         if self.count == 1:
             return [do(*item) for item in zip(*items, strict=True)]
         mine = [do(*item) for item in itertools.islice(zip(*items, strict=True), self.index, None, self.count)]

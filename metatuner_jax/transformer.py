@@ -282,7 +282,7 @@ SCORED_TOKENS = 16  # of each row, whose scores are alive at once
 
 
 def in_chunks(function, *arrays):
-    """Returns function(*arrays) of arrays [b, t, ...], worked out for a few tokens of each row at a time, alike in number.
+    """Returns `function(*arrays)` of arrays [b, t, ...], worked out for a few tokens of each row at a time, alike in number.
 
     What `function` makes on its way, such as scores [b, t, v], is alive for these tokens alone, if its backward pass makes it again.
     It must treat every token by itself.

@@ -20,7 +20,7 @@ from metatuner_jax import config
 
 pytestmark = pytest.mark.usefixtures("compiled")
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "RESULTS", "CONTRIBUTING", "CHANGELOG")), *sorted((ROOT / "docs").glob("**/*.md"))]
 OURS = "python -m experiments."
 
 
@@ -129,3 +129,36 @@ def test_commands_name_modules_settings_and_configs_that_there_are(page, words):
     if "--config" in arguments and not (named := arguments[arguments.index("--config") + 1]).isupper() and not named.startswith("$"):
         path = run.config_path({"--config": named})
         assert (ROOT / path).is_file() or named == "mine.py", f"{page}: --config {named}"
+
+
+def anchors(text: str) -> set[str]:
+    """Returns the names by which the headings of a page are linked to."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_between_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(there.read_text()), f"{page.name}: {target}"
+
+
+def test_names_of_the_library_that_the_pages_speak_of_are_there():
+    modules = {path.stem for path in (ROOT / "metatuner_jax").glob("*.py")} - {"__init__"}
+    settings, seen = {key for key, *_ in config.leaves()}, set()
+    for page in PAGES:
+        for module, name in re.findall(r"`(\w+)\.(\w+)(?:\(\))?`", page.read_text()):
+            if module in modules and f"{module}.{name}" not in settings and name not in ("py", "md", "jsonl"):
+                seen.add(module)
+                assert hasattr(importlib.import_module(f"metatuner_jax.{module}"), name), f"{page.name}: {module}.{name}"
+    assert {"generator", "losses", "lora"} <= seen
+
+
+def test_the_api_has_every_module():
+    shown = set(re.findall(r"automodule:: metatuner_jax\.([\w.]+)", "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))))
+    found = {".".join(path.relative_to(ROOT / "metatuner_jax").with_suffix("").parts).removesuffix(".__init__") for path in (ROOT / "metatuner_jax").rglob("*.py")}
+    assert shown == found - {"__init__"}
