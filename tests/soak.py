@@ -27,7 +27,7 @@ def tested(*arguments, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-n", "0", *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "SOAK": "1", **environment}, check=False, capture_output=True, text=True)
     counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error)", done.stdout[-200:])}
-    said = re.findall(r"killed \d+ times: .*", done.stdout)
+    said = re.findall(r"killed \d+ times: .*|\w+\.ipynb: .*", done.stdout)
     found = {"ok": done.returncode == 0, **counts, **({"said": said} if said else {})}
     return found if done.returncode == 0 else {**found, "output": (done.stdout + done.stderr)[-4000:]}
 
@@ -85,6 +85,7 @@ PARTS = {
     "meshes": lambda: tested("tests/test_meshes.py"),
     "bad input": lambda: tested("tests/test_bad_input.py", "tests/test_fuzz_finds.py", "tests/test_safety.py"),
     "properties": lambda: tested("tests/test_properties.py"),
+    "notebooks": lambda: tested("tests/notebooks", "-k", "whole"),
     **{f"fuzzing {reader}": lambda reader=reader: fuzzed(reader) for reader in FUZZED},
     "memory": memory,
 }
