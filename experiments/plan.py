@@ -304,7 +304,7 @@ def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
     state, _ = _shapes_of(_Key(setup))
     config, method, k = setup.config, setup.method, setup.num_shared
     itemsize, remat, ways = setup.dtype.itemsize, config.train.remat, mesh.fsdp
-    rows = -(-config.train.batch_size // sharding.row_parts(mesh))
+    rows = -(-config.train.batch_size // (config.train.accumulate * sharding.row_parts(mesh)))
     ours, theirs = (Share(model, mesh.tensor, itemsize) for model in (setup.generator, setup.actor))
     layers, query, prompt = setup.generator.num_layers, lengths.generator, config.generator.max_prompt_tokens
     full = config.generator.train == "full" and method.learns_generator
@@ -316,7 +316,7 @@ def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
     answered = actor_tokens(setup, lengths)
     pairs = 2 if method.preference else 1
 
-    found = {"copies of the moments": 2 * learning}
+    found = {"copies of the moments": 2 * learning, "gradients of the parts before": learning if config.train.accumulate > 1 else 0}
     if full:
         generator_parts = {name: tree for name, tree in state.params.items() if name in ("embed", "shared", "prompt", "encoder")}
         found["generator in the type of the compute"] = bytes_of(generator_parts, mesh) * itemsize // MASTER if itemsize < MASTER else 0
@@ -493,6 +493,10 @@ def changes(setup, mesh):
             yield f"mesh.data={more.data} mesh.fsdp={more.fsdp}", setup, more
     if config.train.remat != "all" and setup.method.learns:
         yield "train.remat=all", with_(train={"remat": "all"}), mesh
+    parts = 2 * config.train.accumulate
+    while setup.method.learns and config.train.batch_size % (parts * rows) == 0:
+        yield f"train.accumulate={parts}", with_(train={"accumulate": parts}), mesh
+        parts *= 2
     for section in ("train", "eval"):
         size = getattr(config, section).batch_size // 2
         while size and size % rows == 0:

@@ -81,11 +81,13 @@ class TrainConfig:
 
     num_steps: int = _field(100, "updates")
     batch_size: int = _field(16, "queries a step")
+    accumulate: int = _field(1, "parts of a batch that are worked on in turn, for less memory; their gradients are summed")
     learning_rate: float = _field(2e-4, "of the static LoRA: sft's, or the biases of the hypernetwork")
     hyper_rate: float = _field(1.0, "the learning rate of the hypernetwork's weights over that of its biases")
     generator_rate: float = _field(1.0, "the generator's learning rate beside a hypernetwork, over that of the biases")
     warmup_steps: int = _field(5, "steps over which the rate rises from zero")
-    decay: str = _field("cosine", "of the rate after that: 'cosine' to a tenth, or 'constant'")
+    decay: str = _field("cosine", "of the rate after that: 'cosine', 'linear' or 'constant'")
+    final_rate: float = _field(0.1, "to which the rate falls, over its highest")
     weight_decay: float = _field(0.0, "AdamW's")
     clip_norm: float = _field(1.0, "largest norm of the gradient")
     prompt_weight: float = _field(1.0, "of the prompt loss beside the task loss: the paper's alpha; a term that stands alone has weight 1")
@@ -220,7 +222,7 @@ def make(**settings) -> Config:
 # rounding).
 MAY_CHANGE = (
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.diagnose_every", "train.max_bad_steps", "train.remat",
-    "eval.batch_size", "eval.num_bootstrap", "data.buckets", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "train.accumulate", "eval.batch_size", "eval.num_bootstrap", "data.buckets", "mesh.data", "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
 
 
@@ -254,7 +256,7 @@ def check(config: Config) -> None:
     one_of("eval.report", config.eval.report, ("test", "validation"))
     one_of("hyper.pool", config.hyper.pool, ("last", "mean"))
     one_of("train.prompt_gradient", config.train.prompt_gradient, ("none", "straight_through"))
-    one_of("train.decay", config.train.decay, ("cosine", "constant"))
+    one_of("train.decay", config.train.decay, ("cosine", "linear", "constant"))
     one_of("train.remat", config.train.remat, ("none", "products", "all"))
     one_of("data.too_long", config.data.too_long, ("drop", "cut"))
     for section in ("generator", "hyper", "warmup"):
@@ -267,7 +269,7 @@ def check(config: Config) -> None:
         "generator": ("rank", "max_query_tokens", "max_prompt_tokens"),
         "actor": ("max_answer_tokens",),
         "hyper": ("rank", "hidden"),
-        "train": ("num_steps", "batch_size", "sync_every", "alternate_every", "checkpoint_every", "log_every", "max_bad_steps"),
+        "train": ("num_steps", "batch_size", "accumulate", "sync_every", "alternate_every", "checkpoint_every", "log_every", "max_bad_steps"),
         "warmup": ("rank",),
         "rollout": ("num_queries", "num_prompts", "budget", "search_rounds", "search_prompts"),
         "preference": ("num_samples",),
@@ -296,6 +298,10 @@ def check(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number of at least 0")
+    if config.train.batch_size % config.train.accumulate:
+        raise ValueError(f"train.accumulate={config.train.accumulate} must divide train.batch_size={config.train.batch_size}: its parts are alike")
+    if not 0 <= config.train.final_rate <= 1:
+        raise ValueError(f"train.final_rate={config.train.final_rate} must be between 0 and 1: it is a share of the highest rate")
     if config.train.keep_checkpoints < 2:
         raise ValueError(
             f"train.keep_checkpoints={config.train.keep_checkpoints} must be at least 2: until the newest one is whole, a run goes on from the one before"

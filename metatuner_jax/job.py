@@ -205,6 +205,12 @@ def check_lengths(config, generator, actor, lengths, prefix_tokens):
 def check_rows(config, mesh):
     """Raises ValueError where the mesh does not split the rows of a batch evenly."""
     ways = sharding.row_parts(mesh)
+    parts = config.train.accumulate
+    if parts > 1 and config.train.batch_size % (parts * ways):
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} must be a multiple of train.accumulate={parts} times mesh.data * mesh.fsdp = {ways}, "
+            "which split the rows of each part"
+        )
     for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if size % ways:
             raise ValueError(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")

@@ -109,15 +109,12 @@ def make_optimizer(config: config_lib.TrainConfig) -> optax.GradientTransformati
 
 def rate_at(config: config_lib.TrainConfig, phase: Phase, step):
     """Returns the learning rate after `step` steps of a phase: a linear rise, then what the config names."""
-    peak, final = phase.learning_rate, 0.1 if config.decay == "cosine" else 1.0
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=peak / (config.warmup_steps + 1),
-        peak_value=peak,
-        warmup_steps=config.warmup_steps,
-        decay_steps=max(phase.steps, config.warmup_steps + 1),
-        end_value=final * peak,
-    )
-    return schedule(step)
+    peak, rise, steps = phase.learning_rate, config.warmup_steps, max(phase.steps, config.warmup_steps + 1)
+    first, last = peak / (rise + 1), peak * (1.0 if config.decay == "constant" else config.final_rate)
+    if config.decay == "linear":
+        fall = optax.linear_schedule(peak, last, steps - rise)
+        return optax.join_schedules([optax.linear_schedule(first, peak, rise), fall], [rise])(step)
+    return optax.warmup_cosine_decay_schedule(first, peak, rise, steps, last)(step)
 
 
 def relative_rates(config: config_lib.TrainConfig, phase: Phase, part: str, tree):
@@ -192,10 +189,11 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
         key, done, copy = begin(config, phase, state, key)
         learning = {part: state.params[part] for part in parts}
 
-        def loss_of(learning):
-            return loss_fn({**state.params, **learning}, copy, frozen, batch, key, done)
+        def gradient(batch):
+            loss_of = lambda learning: loss_fn({**state.params, **learning}, copy, frozen, batch, key, done)
+            return jax.value_and_grad(loss_of, has_aux=True)(learning)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(learning)
+        (loss, metrics), grads = in_parts(gradient, batch, config.accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
@@ -213,6 +211,25 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
         return state, {**metrics, "loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
 
     return train_step
+
+
+def in_parts(gradient, batch: dict, count: int):
+    """Returns what gradient(batch) does, ((loss, metrics), gradients), of rows that are worked on in `count` parts, one after the other.
+
+    The loss is that of all rows together, one mean over their tokens, not a mean of the parts' means: each part is told how many tokens
+    the parts have on average. Row i's part is i % count, so that what stands on a device stays there.
+    """
+    if count == 1:
+        return gradient(batch)
+    rows = batch["query"].shape[0]
+    batch = {**batch, "place": jnp.arange(rows)}
+    parts = {name: leaf.reshape(rows // count, count, *leaf.shape[1:]).swapaxes(0, 1) for name, leaf in batch.items()}
+    counts = {f"{name}_count": jnp.sum(batch[f"{name}_mask"]) / count for name in ("answer", "expert") if f"{name}_mask" in batch}
+    one = lambda part: gradient({**part, **counts})
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, {name: leaf[0] for name, leaf in parts.items()}))
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zero, parts)
+    (loss, metrics), grads = jax.tree.map(lambda leaf: leaf / count, total)
+    return (loss, {**metrics, **{name: total[0][1][name] for name in ("tokens", "expert_tokens") if name in metrics}}), grads
 
 
 def begin(config: config_lib.TrainConfig, phase: Phase, state: TrainState, key):
@@ -354,7 +371,8 @@ class Trainer:
         batch = sharding.place_rows(batch, self.passes.mesh)
         if phase.name == "joint" and self.diagnoses(step - phase.first):
             self.share = self.share or make_gradient_share(self.setup, phase)
-            extra["task_gradient_share"] = float(self.share(state, self.passes.frozen, batch, self.keys["step"]))
+            some = {name: leaf[:: config.train.accumulate] for name, leaf in batch.items()}
+            extra["task_gradient_share"] = float(self.share(state, self.passes.frozen, some, self.keys["step"]))
             start = time.perf_counter()
         with uncollected():
             state, metrics = self.compiled[phase.name, turn](state, self.passes.frozen, batch, self.keys["step"])

@@ -135,7 +135,7 @@ def write_config(job, workdir, progress):
         if not changed:
             return
         progress.line("note: going on with other settings: " + ", ".join(f"{key}={new} (was {old})" for key, old, new in changed))
-        if job.given.train.decay == "cosine" and any(key == "train.num_steps" for key, _, _ in changed):
+        if job.given.train.decay != "constant" and any(key == "train.num_steps" for key, _, _ in changed):
             progress.line(f"note: the learning rate falls as over {job.given.train.num_steps} steps from here on")
         history = [*content.get("changes", []), {key: [old, new] for key, old, new in changed}]
         results = files.read_json(workdir / "results.json")
