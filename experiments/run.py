@@ -11,7 +11,7 @@ import sys
 import traceback
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import processes, stopping
+from metatuner_jax import memory, processes, stopping
 from metatuner_jax import workdir as workdir_lib
 
 USAGE = """usage: python -m experiments.run --config FILE [--workdir FOLDER] [--config.SECTION.NAME=VALUE ...]
@@ -105,7 +105,7 @@ def run(argv, stop) -> int:
 
 
 def answered(argv, usage: str, do) -> int:
-    """Returns the exit code of a command: 0 once do(argv) is done, 2 where it raises what the user can mend, after one line about it.
+    """Returns the exit code of a command: 0 once do(argv) is done, after one line 2 where it raises what the user can mend, 1 without memory.
 
     Args:
       usage: what --help prints.
@@ -116,9 +116,9 @@ def answered(argv, usage: str, do) -> int:
         return 0
     try:
         do(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, memory.OutOfMemory) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, memory.OutOfMemory) else 2
     return 0
 
 

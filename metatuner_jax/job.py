@@ -18,6 +18,7 @@ from metatuner_jax import (
     evaluate,
     files,
     lora,
+    memory,
     methods,
     networks,
     preference,
@@ -238,7 +239,12 @@ def check_checkpoint(setup, workdir, step):
 
 
 def do(job: Job, workdir, progress) -> None:
-    """Does the whole run in its folder."""
+    """Does the whole run in its folder. Raises what a step, an evaluation or the disk does, `memory.OutOfMemory` where there is not enough."""
+    with memory.watched(job.setup.config, lambda: progress.doing):
+        _do(job, workdir, progress)
+
+
+def _do(job, workdir, progress):
     began = time.perf_counter()
     for name in ("absl", "asyncio"):  # which print pages, again and again, about an error that is raised here too
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -297,7 +303,7 @@ def do(job: Job, workdir, progress) -> None:
             state = checkpoints.restore(best, train.rest(shapes, planned, best))
     except (RuntimeError, ValueError, OSError) as error:
         if processes.group.count > 1:  # now: to close, the others are waited for
-            tell(error, progress)
+            tell(memory.named(error, config, progress.doing), progress)
         raise
     finally:
         checkpoints.close()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metatuner_jax import checkpoint, data, evaluate, files, generator, lora, networks, passes, sharding, tasks, train
+from metatuner_jax import checkpoint, data, evaluate, files, generator, lora, memory, networks, passes, sharding, tasks, train
 from metatuner_jax import config as config_lib
 from metatuner_jax import job as job_lib
 from metatuner_jax import workdir as workdir_lib
@@ -154,6 +154,7 @@ class Tuner:
 
         Raises:
           ValueError: a query or prompt is empty or too long, or the run has no such adapter or part.
+          memory.OutOfMemory: the answers need more than there is; says which settings need less.
         """
         config_lib.one_of("adapter", adapter, ADAPTERS)
         config_lib.one_of("prompt", prompt, PROMPTS)
@@ -162,6 +163,10 @@ class Tuner:
         rows = self._rows(queries, part)
         if not len(rows):
             return []
+        with self._watched():
+            return self._answer(rows, adapter, prompt, prompts)
+
+    def _answer(self, rows, adapter, prompt, prompts):
         runner, index = self._passes_for(len(rows)), np.arange(len(rows))
         if prompt == "own":
             h, tokens, mask = runner.prompts(self.params, rows, index, self.searched)
@@ -205,7 +210,8 @@ class Tuner:
         rows = self._rows(queries, part)
         if not len(rows):
             return []
-        _, tokens, mask = self._passes_for(len(rows)).prompts(self.params, rows, np.arange(len(rows)), self.searched)
+        with self._watched():
+            _, tokens, mask = self._passes_for(len(rows)).prompts(self.params, rows, np.arange(len(rows)), self.searched)
         return [self.tokens.decode(*written) for written in zip(tokens, mask)]
 
     def lora(self, query: str, part: str | None = None) -> dict[str, Lora]:
@@ -219,10 +225,12 @@ class Tuner:
             raise ValueError(f"method={self.setup.config.method} has no adapter: it adapts the prompt alone")
         if method.adapter == "static":
             return jax.tree.map(np.asarray, generator.static(self.params["hyper"], self.setup.config.hyper.scale))
-        rows, runner = self._rows([query], part), self._passes_for(1)
-        h = runner.encode(self.params, rows, np.arange(1))
-        at = np.zeros(sharding.row_parts(self.mesh), np.int32)  # a row for each part of the mesh
-        return lora.row(sharding.fetch(runner.adapt(self.params["hyper"], h[at])), 0)
+        rows = self._rows([query], part)
+        with self._watched():
+            runner = self._passes_for(1)
+            h = runner.encode(self.params, rows, np.arange(1))
+            at = np.zeros(sharding.row_parts(self.mesh), np.int32)  # a row for each part of the mesh
+            return lora.row(sharding.fetch(runner.adapt(self.params["hyper"], h[at])), 0)
 
     def mean_lora(self) -> dict[str, Lora]:
         """Returns the mean adapter, as `lora` returns one: of a method with one LoRA for all queries, that one.
@@ -235,6 +243,9 @@ class Tuner:
         if isinstance(self._mean, str):
             raise ValueError(self._mean)
         return self._mean
+
+    def _watched(self):
+        return memory.watched(self.setup.config, lambda: "answers")
 
     def _adapter(self, runner, name, h):
         """Returns what `Passes.answer` takes as adapter."""
