@@ -97,6 +97,9 @@ class TrainConfig:
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
     keep_checkpoints: int = _field(2, "newest checkpoints that are kept, beside the best one; 2 or more, so that there is one to fall back on")
     log_every: int = _field(1, "steps to a line of metrics.jsonl; those with rollouts, a checkpoint or a loss that is not finite have one in any case")
+    tensorboard: bool = _field(True, "also write the metrics for TensorBoard, into tensorboard/ of the run folder")
+    wandb: str | None = _field(None, "project of Weights & Biases to which the metrics go too, where wandb is installed")
+    profile_steps: int = _field(0, "steps that jax's profiler records into profile/ of the run folder, from the third on; 0: none")
     remat: str = _field("products", "what the backward pass makes again: 'none'; all but large matrix 'products'; 'all' of a layer, for the least memory")
     diagnose_every: int = _field(50, "steps to the first and between measurements of each term's share of the gradient, a backward pass more; 0: never")
     max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
@@ -222,7 +225,7 @@ def make(**settings) -> Config:
 # rounding).
 MAY_CHANGE = (
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.diagnose_every", "train.max_bad_steps", "train.remat",
-    "train.accumulate", "eval.batch_size", "eval.num_bootstrap", "data.buckets", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "train.accumulate", "train.tensorboard", "train.wandb", "train.profile_steps", "eval.batch_size", "eval.num_bootstrap", "data.buckets", "mesh.data", "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
 
 
@@ -292,7 +295,7 @@ def check(config: Config) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number above 0")
     for section, name in (
-        ("train", "prompt_weight"), ("train", "weight_decay"), ("train", "warmup_steps"), ("train", "diagnose_every"), ("rollout", "every"),
+        ("train", "prompt_weight"), ("train", "weight_decay"), ("train", "warmup_steps"), ("train", "diagnose_every"), ("train", "profile_steps"), ("rollout", "every"),
         ("warmup", "actor_steps"), ("warmup", "generator_steps"),
     ):  # fmt: skip
         value = getattr(getattr(config, section), name)

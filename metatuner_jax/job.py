@@ -31,6 +31,7 @@ from metatuner_jax import (
     train,
 )
 from metatuner_jax import config as config_lib
+from metatuner_jax import metrics as metrics_lib
 from metatuner_jax import workdir as workdir_lib
 from metatuner_jax.generator import Setup
 from metatuner_jax.passes import Passes
@@ -101,6 +102,7 @@ def prepare(config, dtype=None, mesh=None, task=None) -> Job:
       mesh: of a plan, which has no need of weights; None: that of the devices here.
       task: in the place of the one that the config names.
     """
+    metrics_lib.check(config.train)
     if task is None:
         tasks.check(config.task)
     devices = find_devices()
@@ -240,11 +242,11 @@ def check_checkpoint(setup, workdir, step):
 
 def do(job: Job, workdir, progress) -> None:
     """Does the whole run in its folder. Raises what a step, an evaluation or the disk does, `memory.OutOfMemory` where there is not enough."""
-    with memory.watched(job.setup.config, lambda: progress.doing):
-        _do(job, workdir, progress)
+    with memory.watched(job.setup.config, lambda: progress.doing), contextlib.ExitStack() as closing:
+        _do(job, workdir, progress, closing)
 
 
-def _do(job, workdir, progress):
+def _do(job, workdir, progress, closing):
     began = time.perf_counter()
     for name in ("absl", "asyncio"):  # which print pages, again and again, about an error that is raised here too
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -257,7 +259,8 @@ def _do(job, workdir, progress):
         workdir_lib.write_config(job, workdir, progress)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
-    frozen, params = networks.load(setup, tokens, keys["init"], job.mesh)
+    with progress.wait("loading the models"):
+        frozen, params = networks.load(setup, tokens, keys["init"], job.mesh)
     state = sharding.place(train.init_state(setup, params), job.mesh)
     shapes = checkpoint.shapes(state)
     del params
@@ -278,7 +281,6 @@ def _do(job, workdir, progress):
         progress.line(f"note: {line}")
     sound = (step for step, wrong in job.checkpoints.items() if not wrong)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, sound, progress.note)
-    metrics_path = workdir / "metrics.jsonl"
     try:
         newest = checkpoints.latest()
         planned = train.phases(setup)
@@ -287,15 +289,9 @@ def _do(job, workdir, progress):
             progress.line(f"resuming at step {newest} of {sum(phase.steps for phase in planned)}")
         experts.restore(newest or 0)
         pairs.restore(newest or 0)
-        files.write_lines(metrics_path, [m for m in files.read_lines(metrics_path) if m["step"] < (newest or 0)])
-
-        logged = files.read_lines(metrics_path)
-        began -= logged[-1]["wall_s"] if logged else 0  # what the run took before it was resumed
-
-        def log(metrics):
-            files.append_lines(metrics_path, [{**metrics, "wall_s": round(time.perf_counter() - began, 1)}])
-
-        trainer = train.Trainer(passes, keys, rows, experts, pairs, tokens, task.score, checkpoints, log)
+        metrics = metrics_lib.Metrics(workdir, config, newest or 0, began)
+        closing.callback(metrics.close)
+        trainer = train.Trainer(passes, keys, rows, experts, pairs, tokens, task.score, checkpoints, metrics.add, workdir / "profile")
         state = trainer.fit(state)
         best = checkpoints.best()
         if best not in (None, trainer.total):
@@ -309,7 +305,7 @@ def _do(job, workdir, progress):
         checkpoints.close()
     for_all = trainer.last_search(state, best)
     progress.now("evaluation")
-    logged = files.read_lines(metrics_path)
+    logged = metrics.lines()
     validation = next((m["validation"] for m in reversed(logged) if m.get("validation") is not None and m["step"] + 1 == best), None)
     if validation is None or (for_all and for_all != experts.for_all(best)):
         validation = evaluate.validate(passes, state.params, rows["validation"], tokens, task.score, for_all)
@@ -328,7 +324,7 @@ def _do(job, workdir, progress):
     total = lambda name: sum(m.get(name, 0) * (m.get("steps", 1) if name in ("step_s", "tokens") else 1) for m in logged)
     results |= {
         "steps": config.train.num_steps if setup.method.learns else 0, "checkpoint": int(np.asarray(state.step)),
-        "wall_s": round(time.perf_counter() - began, 1), "train_s": round(total("step_s"), 1), "rollout_s": round(total("rollout_s"), 1),
+        "wall_s": metrics.wall_s, "train_s": round(total("step_s"), 1), "rollout_s": round(total("rollout_s"), 1),
         "cost": {
             "trained_parameters": learning, "actor_calls": int(total("rollout_attempts")), "tokens": int(total("tokens") + total("rollout_tokens")),
             "seconds": round(total("step_s") + total("rollout_s"), 1),
@@ -337,6 +333,7 @@ def _do(job, workdir, progress):
         **({"searched_prompt": for_all} if setup.method.prompt == "searched" else {}),
     }  # fmt: skip
     files.write_json(workdir / "results.json", results)
+    metrics.finish(results)
     progress.line("\n" + workdir_lib.summary(results, predictions[:3] if full else []))
     progress.line(f"\nEverything is in {workdir}")
 

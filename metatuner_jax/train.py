@@ -295,7 +295,7 @@ class Trainer:
     `fit` is the loop; what it needs between two steps (rollouts, pairs, validation) are functions of other modules.
     """
 
-    def __init__(self, passes, keys, rows, experts, pairs, tokens, score, checkpoints, log):
+    def __init__(self, passes, keys, rows, experts, pairs, tokens, score, checkpoints, log, profile=None):
         """Takes the run's parts.
 
         Args:
@@ -304,9 +304,10 @@ class Trainer:
           rows: {"train", "validation"}: `data.Rows`.
           pairs: `preference.Pairs`, used by dpo alone.
           log: log(metrics), for each step.
+          profile: the folder for what jax's profiler records, where it is asked to.
         """
         self.passes, self.setup, self.keys, self.rows, self.experts, self.pairs = passes, passes.setup, keys, rows, experts, pairs
-        self.tokens, self.score, self.checkpoints, self.log = tokens, score, checkpoints, log
+        self.tokens, self.score, self.checkpoints, self.log, self.profile = tokens, score, checkpoints, log, profile
         self.config, self.phases = self.setup.config, phases(self.setup)
         self.total = sum(phase.steps for phase in self.phases)
         self.warm = False  # whether the warmed-up actor is in place
@@ -324,7 +325,8 @@ class Trainer:
         """
         self.state, self.saved = state, int(state.step)
         try:
-            return self._fit(state)
+            with contextlib.ExitStack() as recording:
+                return self._fit(state, recording)
         except stopping.Stopped:
             step = int(self.state.step)
             self.write_log()
@@ -334,7 +336,7 @@ class Trainer:
         finally:
             self.state = None
 
-    def _fit(self, state: TrainState) -> TrainState:
+    def _fit(self, state: TrainState, recording: contextlib.ExitStack) -> TrainState:
         progress, first = self.passes.progress, int(state.step)
         with progress.task("training", self.total, first) as advance:
             for step in range(first, self.total):
@@ -348,11 +350,21 @@ class Trainer:
                 extra = {"phase": phase.name}
                 if phase.rollouts and (step - phase.first) % self.config.rollout.every == 0:
                     extra |= self.refresh(state, step)
+                self.record(step - first, recording)
                 with progress.stop.held():
                     state = self.do_step(state, step, phase, extra, advance)
                 progress.stop.check()
         self.enter(self.total, state)
         return state
+
+    def record(self, done: int, recording: contextlib.ExitStack) -> None:
+        """Has jax's profiler record the steps that are to be, after so many of this process: the first two wait for the compiler."""
+        count, wait = self.config.train.profile_steps, 2
+        if count and done == wait:
+            self.passes.progress.line(f"  recording {count} steps for {self.profile}")
+            recording.enter_context(jax.profiler.trace(self.profile))
+        if done == wait + count:
+            recording.close()
 
     def do_step(self, state: TrainState, step: int, phase: Phase, extra: dict, advance) -> TrainState:
         """Does a step, its line in the log and, where they are due, validation and a checkpoint. Returns the state.
