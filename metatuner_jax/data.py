@@ -54,8 +54,8 @@ class Lengths:
 class Tokens:
     """A tokenizer with its chat template, the special ids, and the run's meta-prompt."""
 
-    def __init__(self, tokenizer, vocab_size: int, instruction: str):
-        self.tokenizer, self.instruction, self.vocab_size = tokenizer, instruction, vocab_size
+    def __init__(self, tokenizer, vocab_size: int, instruction: str, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.instruction, self.vocab_size, self.stop = tokenizer, instruction, vocab_size, stop
         self.template = make_template(tokenizer)
         self.end_id = end_id(tokenizer)
         self._plain = functools.lru_cache(maxsize=8)(lambda text: tuple(encode_piece(tokenizer, text, split_special_tokens=True)))
@@ -86,6 +86,16 @@ class Tokens:
         """Returns the text of the real tokens, without the end token."""
         ids = [int(i) for i in (ids if mask is None else np.asarray(ids)[np.asarray(mask)]) if i != self.end_id]
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def answers(self, ids, masks) -> list[str]:
+        """Returns the texts of answers, each up to the first of the texts that it is to stop before."""
+        texts = map(self.decode, ids, masks)
+        return [min((text.partition(stop)[0] for stop in self.stop), key=len, default=text) for text in texts]
+
+    def stopped_at(self, ids) -> int | None:
+        """Returns how many of an answer's tokens there are when one of the texts that it is to stop before is whole; None where none is."""
+        whole = lambda count: any(stop in text for text in [self.decode(ids[:count])] for stop in self.stop)
+        return next(filter(whole, range(1, len(ids) + 1))) if self.stop and whole(len(ids)) else None
 
     def generator_ids(self, initial_prompt: str, query: str) -> tuple[list[int], list[bool]]:
         """Returns the generator's input for a query, and which of it are the query's own tokens."""

@@ -168,8 +168,9 @@ def _noise(key, rows, position, scores, temperature):
 def advance(
     config: ModelConfig, params: dict, state: Writing, *, end_id: int, allowed: Bool[Array, " v"], key=None,
     temperature: float | Float[Array, ""] = 0.0, top_p: float = 1.0, loras=None, until: int | Int[Array, ""] | None = None,
+    most: int | None = None,
 ) -> Writing:
-    """Writes on until all rows have ended, or `until` of them. To be called under jit.
+    """Writes on until all rows have ended, or `until` of them, or `most` tokens a row are written. To be called under jit.
 
     Args:
       params: with what `transformer.unstack` makes of the layers where rows began with layers "unroll". Others are those of `sample`.
@@ -196,7 +197,10 @@ def advance(
             columns=columns, column=(state.column + 1) % columns.shape[1], caches=caches,
         )  # fmt: skip
 
-    return jax.lax.while_loop(lambda state: jnp.sum(state.ended) < (b if until is None else until), step, state)
+    goes_on = lambda state: jnp.sum(state.ended) < (b if until is None else until)
+    if most is None:
+        return jax.lax.while_loop(goes_on, step, state)
+    return jax.lax.while_loop(lambda at: goes_on(at[0]) & (at[1] < most), lambda at: (step(at[0]), at[1] + 1), (state, 0))[0]
 
 
 def vacant(new: Writing, loras, b: int):

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +51,16 @@ class Job:
     mesh: Any
     sums: dict  # of the rows (see `data.digest`)
     checkpoints: dict = dataclasses.field(default_factory=dict)  # step -> what is wrong with it, None where nothing is
+    start: Any = None  # Start: what is taken of an earlier run
+
+
+class Start(NamedTuple):
+    """What a run takes of an earlier one."""
+
+    folder: pathlib.Path
+    step: int
+    like: dict  # the parts that both have, as shapes
+    anew: tuple[str, ...]  # those that the earlier run does not have
 
 
 @contextlib.contextmanager
@@ -83,7 +93,33 @@ def begin(config: config_lib.Config, workdir: pathlib.Path, others: dict | None 
             folder.enter_context(workdir_lib.held(workdir))
             if processes.group.index == 0 and (workdir / "config.json").exists():
                 raise ValueError(f"--workdir={workdir} was taken by another run just now; give another --workdir")
+        if config.train.start_from is not None and not any(wrong is None for wrong in job.checkpoints.values()):
+            job.start = start_of(job.setup, config)
         yield job
+
+
+def start_of(setup, config) -> Start:
+    """Returns what a run takes of `train.start_from`; raises ValueError where that has nothing for it, from shapes alone."""
+    folder, field = pathlib.Path(config.train.start_from), f"train.start_from={config.train.start_from!r}"
+    try:
+        theirs, results = workdir_lib.read_config(folder), files.read_json(folder / "results.json")
+        step = results["checkpoint"] if results else checkpoint.best_in(folder / "checkpoints")
+        if step is None:
+            raise ValueError(f"{folder} has no checkpoint yet")
+        saved, (state, _) = checkpoint.saved_params(folder / "checkpoints", step), networks.shapes(setup)
+        like = {part: tree for part, tree in state.params.items() if part in saved}
+        checkpoint.check_like(folder / "checkpoints" / str(step), {part: saved[part] for part in like}, like)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{field} has nothing to start from: {error}") from None
+    if not like:
+        raise ValueError(f"{field} has learnt nothing that method={config.method} learns: {', '.join(saved)}; take a run of another method")
+    if "actor" in saved and "actor" not in like:
+        raise ValueError(f"{field} has warmed up its actor, to which all else that it learnt belongs: set warmup.actor_steps here too")
+    for role in ("generator", "actor"):
+        there, here = (getattr(one, role).model for one in (theirs, config))
+        if there != here:
+            raise ValueError(f"{field} has {role}.model={there!r}, to which what it learnt belongs, and this run {here!r}: take the same model")
+    return Start(folder, step, like, tuple(part for part in state.params if part not in like))
 
 
 def tell(error, progress):
@@ -155,7 +191,7 @@ def make_setup(config, dtype=None) -> tuple[Setup, data.Tokens]:
             )
     vocab_size = min(generator.vocab_size, actor.vocab_size)
     generator, actor = (dataclasses.replace(model, vocab_size=vocab_size) for model in (generator, actor))
-    tokens = of_model(config, "actor", lambda _: data.Tokens(tokenizer, vocab_size, config.generator.instruction))
+    tokens = of_model(config, "actor", lambda _: data.Tokens(tokenizer, vocab_size, config.generator.instruction, config.actor.stop))
     return Setup(config, generator, actor, tokens.end_id, tokens.template.prefix), tokens
 
 
@@ -261,13 +297,17 @@ def _do(job, workdir, progress, closing):
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
     with progress.wait("loading the models"):
         frozen, params = networks.load(setup, tokens, keys["init"], job.mesh)
+    if job.start is not None:
+        folder, step, like, anew = job.start
+        params |= checkpoint.load_params(folder / "checkpoints", step, sharding.shapes_at(like, job.mesh))
+        progress.line(f"starting from step {step} of {folder}: {', '.join(like)}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     state = sharding.place(train.init_state(setup, params), job.mesh)
     shapes = checkpoint.shapes(state)
     del params
     learning = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     progress.line(f"parameters: {learning / 1e6:.1f} million learn, {_millions(frozen)} million are frozen")
 
-    passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress)
+    passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress, tokens)
     del frozen  # the passes hold the weights, which a warm-up replaces
     full = config.eval.report == "test"
     progress.now("evaluation")

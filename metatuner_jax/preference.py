@@ -76,14 +76,14 @@ def refresh(passes, params, key, rows, experts, pairs: Pairs, tokens, score, ste
             rows, index, prompt, mask, passes.adapter(params, None), what="sampling answers", key=key,
             temperature=config.preference.temperature,
         )  # fmt: skip
-        texts = [tokens.decode(ids, mask) for ids, mask in zip(answered.tokens, answered.mask)]
+        texts = tokens.answers(answered.tokens, answered.mask)
         scores = tasks.score_all(score, texts, [rows.examples[row] for row in index])
     for place, row in enumerate(chosen):
         example = rows.examples[row]
         sampled = []
         for i in range(place * n, (place + 1) * n):
             ids = [int(t) for t in answered.tokens[i][answered.mask[i]]]
-            if ids[-1] != tokens.end_id:  # ran into the length limit
+            if ids[-1] != tokens.end_id:  # ran into the length limit, or into a text to stop before
                 ids = [*ids[:-1], tokens.end_id]
             sampled.append((scores[i].strict, texts[i], ids))
         reference = (1.0, example.answer, [int(t) for t in rows.answer[row][rows.answer_mask[row]]])

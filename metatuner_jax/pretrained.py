@@ -85,7 +85,10 @@ def hub_id(spec) -> str | None:
 
 
 def cache_dir() -> pathlib.Path:
-    """Returns the folder of converted models: METATUNER_CACHE, or metatuner_jax in the user's cache folder."""
+    """Returns the folder of converted models and compiled programs: METATUNER_CACHE, or metatuner_jax in the user's cache folder.
+
+    Where METATUNER_CACHE is set, what the hub's clients fetch goes there too, if they are not told otherwise (see `metatuner_jax`).
+    """
     if os.environ.get("METATUNER_CACHE"):
         return pathlib.Path(os.environ["METATUNER_CACHE"]).expanduser()
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metatuner_jax"

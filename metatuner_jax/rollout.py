@@ -143,7 +143,7 @@ def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, kno
         answered = passes.answer(
             rows, index[new], tried, mask, adapter and (lambda at: adapter(new[at])), what="rollouts: answering", weigh=True
         )
-        texts = [tokens.decode(ids, mask) for ids, mask in zip(answered.tokens, answered.mask)]
+        texts = tokens.answers(answered.tokens, answered.mask)
         scores = tasks.score_all(score, texts, [rows.examples[index[i]] for i in new])
         answers = dict(zip(new, zip(texts, scores, answered.likelihood)))
     attempts = []

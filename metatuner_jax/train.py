@@ -437,6 +437,8 @@ class Trainer:
         """Returns the state with which the joint phase begins: its hypernetwork reads states of mean 0 and variance 1."""
         if self.setup.method.adapter != "generated" or not self.config.hyper.standardize:
             return state
+        if np.any(sharding.fetch(state.params["hyper"]["shift"])):  # as the run had it that this one started from
+            return state
         rows = self.rows["train"]
         h = self.passes.encode(state.params, rows, np.arange(min(self.config.eval.num_mean, len(rows))))
         share = np.sum(np.var(h, axis=0)) / np.mean(np.sum(np.square(h), axis=1))

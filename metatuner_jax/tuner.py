@@ -290,7 +290,7 @@ class Tuner:
         while size < min(count, largest):
             size = min(size * SIZES, largest)
         if size not in self._passes:
-            self._passes[size] = passes.Passes(self.setup, self.frozen, self.mesh, size, self.progress)
+            self._passes[size] = passes.Passes(self.setup, self.frozen, self.mesh, size, self.progress, self.tokens)
         return self._passes[size]
 
 

@@ -129,8 +129,9 @@ def write_config(job, workdir, progress):
     import jax
 
     path, config = workdir / "config.json", config_lib.plain(job.given)
-    content, history = files.read_json(path), []
+    content, history, started = files.read_json(path), [], {}
     if content is not None:
+        started = {name: content[name] for name in ("started_from",) if name in content}
         changed = differences(with_newer_settings(content["config"]), config)
         if not changed:
             return
@@ -152,7 +153,9 @@ def write_config(job, workdir, progress):
     examples = [example for part in job.rows.values() for example in part.examples]
     initial_prompts = tasks.initial_prompts(examples, job.given.task.initial_prompt or job.task.initial_prompt)
     content = {
-        "config": config, "resolved": config_lib.plain(job.setup.config), "versions": versions(), "devices": devices, "data": job.sums, "initial_prompts": initial_prompts,
+        "config": config, "resolved": config_lib.plain(job.setup.config), "versions": versions(), "devices": devices, "data": job.sums,
+        "initial_prompts": initial_prompts,
+        **({"started_from": {"workdir": str(job.start.folder), "step": job.start.step}} if job.start is not None else started),
         **({"changes": history} if history else {}),
     }  # fmt: skip
     files.write_json(path, content)
