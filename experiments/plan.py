@@ -230,7 +230,7 @@ def make_plan(setup, lengths, mesh) -> dict:
     parameters |= {f"frozen: {name}": count(tree) for name, tree in frozen_parts.items() if tree is not None}
     phases = memory(setup, lengths, mesh)
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
-    largest = max(totals, key=totals.get)
+    largest = max(totals, key=totals.__getitem__)
     return {
         "method": config.method, "dtype": config.dtype, "mesh": mesh.shape, "devices": mesh.size,
         "generator": {"model": config.generator.model, "train": config.generator.train, **dataclasses.asdict(setup.generator), "num_shared": setup.num_shared},
@@ -413,7 +413,7 @@ def mean_bytes(setup, parts: int) -> int:
 # --- FLOPs ---
 
 
-def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int, layers: int | None = None) -> float:
+def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int, layers: int | None = None) -> int:
     """Returns the floating-point operations of the products of one forward pass.
 
     Args:
@@ -425,7 +425,7 @@ def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int,
     return rows * ((model.num_layers if layers is None else layers) * a_layer + scored * 2 * model.vocab_size * model.width)
 
 
-def step_flops(setup, lengths) -> dict[str, float]:
+def step_flops(setup, lengths) -> dict[str, int]:
     """Returns the floating-point operations of the products of a step of all devices together, by part, and their sum.
 
     Prompts are taken to be as long as they may be; where the terms take turns, both are counted. Weights that do not learn have no product of their own in the backward pass, and what
@@ -441,7 +441,8 @@ def step_flops(setup, lengths) -> dict[str, float]:
     again = lambda model, read, seen, layers: {  # what the backward pass makes again of the layers
         "none": 0, "products": attends(model, read, seen, layers), "all": pass_flops(model, rows, read, seen, 0, layers),
     }[config.train.remat]  # fmt: skip
-    found, back = collections.Counter(), 2 if full else 1
+    found: collections.Counter[str] = collections.Counter()
+    back = 2 if full else 1
     if method.learns_generator:
         read = layers if writes else k
         forward = pass_flops(ours, rows, query, query, 0, read) + (0 if method.shared else pass_flops(ours, rows, query, query, 0, k))
@@ -524,7 +525,8 @@ def refuse(setup, lengths, mesh, plan, memory_limit: float) -> str:
         f"({gib(parts[part])}): "
     )
     peak_of = lambda setup, mesh: max(sum(parts.values()) for parts in memory(setup, lengths, mesh).values())
-    taken, peak = [], found["peak"]
+    taken: list[str] = []
+    peak = found["peak"]
     while peak > memory_limit:
         tried = [(peak_of(other, there), name, other, there) for name, other, there in changes(setup, mesh)]
         fitting = [one for one in tried if one[0] <= memory_limit]

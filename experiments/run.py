@@ -3,6 +3,7 @@
     python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart --config.train.num_steps=20
 """
 
+import argparse
 import contextlib
 import difflib
 import importlib.util
@@ -120,6 +121,13 @@ def answered(argv, usage: str, do) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, memory.OutOfMemory) else 2
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, with no usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
 def need(options, *names) -> None:

@@ -201,7 +201,8 @@ class Checkpoints:
         )
         # Without the handler, a manager that has not saved yet cannot tell what a checkpoint holds.
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
-        self.writer = self.failure = None  # the thread of the newest checkpoint, and what went wrong in it
+        self.writer: threading.Thread | None = None  # of the newest checkpoint
+        self.failure: RuntimeError | None = None  # what went wrong in it
 
     def tend(self) -> None:
         """Raises what went wrong in the background, such as a full disk. To be called often."""
@@ -265,5 +266,5 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception if self.failure else ()):  # it would raise the same again, in its own words
+            with contextlib.suppress(Exception) if self.failure else contextlib.nullcontext():  # it would raise the same again, in its own words
                 self.manager.close()

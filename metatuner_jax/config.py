@@ -5,6 +5,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -212,7 +213,7 @@ class ModelConfig:
     max_positions: int = 2048
 
 
-def make(**settings) -> Config:
+def make(**settings: Any) -> Config:
     """Returns the defaults with changes: of a section by a dict of its own, as in make(seed=1, train={"num_steps": 20})."""
     base = Config()
 
@@ -238,7 +239,7 @@ MAY_DIFFER = (
 )  # fmt: skip
 
 
-def may_change(method: str, key: str, old, new) -> bool:
+def may_change(method: str, key: str, old: Any, new: Any) -> bool:
     """Returns whether a run that was begun with the old value of a setting may go on with the new one; more steps are such a change.
 
     dpo's are not: they move the step at which its pairs take over.
@@ -371,13 +372,13 @@ def projection_widths(model: ModelConfig, target: str) -> tuple[int, int]:
     }[target]  # fmt: skip
 
 
-def one_of(name, value, choices):
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError where the value of a setting is none of its choices."""
     if value not in choices:
         raise ValueError(f"{name}={short(value)} is not one of {', '.join(choices)}{nearest(value, choices)}")
 
 
-def short(value) -> str:
+def short(value: Any) -> str:
     """Returns a value as Python writes it, cut where it is long."""
     try:
         text = repr(value)
@@ -386,7 +387,7 @@ def short(value) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def nearest(name, names) -> str:
+def nearest(name: Any, names: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?`, or nothing where no name is near."""
     close = difflib.get_close_matches(str(name)[:120], list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -402,7 +403,7 @@ def to_tree(config: Config) -> ml_collections.ConfigDict:
     return tree.lock()
 
 
-def from_tree(tree) -> Config:
+def from_tree(tree: Any) -> Config:
     """Returns the dataclasses that a tree describes.
 
     Raises:
@@ -416,7 +417,7 @@ def plain(config: Config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def override(tree, assignments) -> None:
+def override(tree: ml_collections.ConfigDict, assignments: Iterable[Sequence[str]]) -> None:
     """Sets leaves of the tree in place from (dotted key, text) pairs, the text read by the leaf's declared type.
 
     Raises:
@@ -424,9 +425,10 @@ def override(tree, assignments) -> None:
     """
     for key, text in assignments:
         *sections, leaf = key.split(".")
-        cls, node = Config, tree
+        cls: type | None = Config  # of the section; None in options
+        node = tree
         for i, section in enumerate(sections):
-            hints = typing.get_type_hints(cls) if cls else {}
+            hints = typing.get_type_hints(cls)
             path = ".".join(sections[: i + 1])
             if section not in hints:
                 raise ValueError(f"config.{key} is unknown: {_at(sections[:i])} has no {section!r}{nearest(section, hints)}")
@@ -463,7 +465,7 @@ def _option_section(node, key, sections):
     return node
 
 
-def leaves(config: Config | None = None):
+def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, str]]:
     """Yields (dotted key, value, help) of every leaf, for --help."""
 
     def walk(node, prefix):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from typing import NamedTuple
 
 import numpy as np
 
@@ -190,6 +191,17 @@ def _render(tokenizer, messages, **settings):
 # --- rows ---
 
 
+class _Encoded(NamedTuple):
+    """A row before it is padded."""
+
+    example: Example
+    generator: list[int]
+    own: list[bool]
+    query: list[int]
+    answer: list[int]
+    initial: list[int]
+
+
 def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, splits: dict[str, tuple[Example, ...]]):
     """Returns ({split: Rows}, Lengths, {split: (too long queries, too long answers)}).
 
@@ -231,7 +243,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
                 continue
             if surplus:
                 ids, own, query = _shorten(tokens, ids, own, query, surplus)
-            kept.append((example, ids, own, query, answer[:limit_answer], prompts[prompt_of(example)]))
+            kept.append(_Encoded(example, ids, own, query, answer[:limit_answer], prompts[prompt_of(example)]))
         if not kept:
             raise ValueError(
                 f"no {split} row is left of {len(examples)}: {long_queries} have a query above generator.max_query_tokens="
@@ -239,7 +251,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
             )
         encoded[split], too_long[split] = kept, (long_queries, long_answers)
     every = [row for rows in encoded.values() for row in rows]
-    lengths = Lengths(*(max(len(row[part]) for row in every) for part in (1, 3, 4)))
+    lengths = Lengths(*(max(len(getattr(row, part)) for row in every) for part in ("generator", "query", "answer")))
     return {split: _pad_rows(rows, lengths, limit_prompt) for split, rows in encoded.items()}, lengths, too_long
 
 
@@ -262,8 +274,8 @@ def query_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, q
         if surplus:
             ids, own, query = _shorten(tokens, ids, own, query, surplus)
         example = Example(str(number), text, answer="", reference="")
-        encoded.append((example, ids, own, query, [tokens.end_id], tokens.prompt_ids(initial_prompt)))
-    return _pad_rows(encoded, Lengths(limit, max(limit, *(len(row[3]) for row in encoded)), 1), config.generator.max_prompt_tokens)
+        encoded.append(_Encoded(example, ids, own, query, [tokens.end_id], tokens.prompt_ids(initial_prompt)))
+    return _pad_rows(encoded, Lengths(limit, max(limit, *(len(row.query) for row in encoded)), 1), config.generator.max_prompt_tokens)
 
 
 def _shorten(tokens, ids, own, query, surplus):

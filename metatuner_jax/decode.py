@@ -1,5 +1,6 @@
 """Rows are read once; what comes after them is sampled, or followed where it is given, from their keys and values."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -229,10 +230,11 @@ def refill(state: Writing, loras, new: Writing, its_loras, places: Int[Array, " 
         return old.at[(slice(None),) * axis + (places,)].set(new, mode="drop")
 
     turn = state.column - new.column
-    new = new.replace(columns=jnp.roll(new.columns, turn, axis=1), caches=jax.tree.map(lambda leaf: jnp.roll(leaf, turn, axis=-2), new.caches))
+    its_caches = jax.tree.map(lambda leaf: jnp.roll(leaf, turn, axis=-2), new.caches)
+    new = dataclasses.replace(new, columns=jnp.roll(new.columns, turn, axis=1), caches=its_caches)
     of_rows = {name: put(getattr(state, name), getattr(new, name)) for name in OF_ROWS}
     caches = jax.tree.map(lambda old, new: put(old, new, old.ndim - 4), state.caches, new.caches)
-    return state.replace(**of_rows, caches=caches), jax.tree.map(lambda old, new: put(old, new, 1), loras, its_loras)
+    return dataclasses.replace(state, **of_rows, caches=caches), jax.tree.map(lambda old, new: put(old, new, 1), loras, its_loras)
 
 
 def sample(

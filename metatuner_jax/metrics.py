@@ -96,7 +96,7 @@ class Board:
 
 def numbers(line: dict) -> dict[str, float]:
     """Returns the numbers of a line, those of a section with its name before theirs: `validation/mean`."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, dict):
             found |= {f"{name}/{part}": number for part, number in numbers(value).items()}

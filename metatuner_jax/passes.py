@@ -1,7 +1,7 @@
 """The compiled passes that rollouts and evaluation share, run over any number of rows in batches of one shape."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ class Passes:
         self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))
         self._unstack = jax.jit(transformer.unstack)
         self._begin = jit(functools.partial(_begin, setup, self.layers), static_argnums=0)
-        self._vacant = jax.jit(lambda *args: _placed(mesh, *decode.vacant(*args, self._batch_size(1))))
+        self._vacant = jax.jit(lambda new, loras: _placed(mesh, *decode.vacant(new, loras, self._batch_size(1))))
         self._refill = jax.jit(lambda *args: _placed(mesh, *decode.refill(*args)), donate_argnums=(0, 1))
         most = None if self.stopped_at is None else STOP_EVERY
         self._advance = jit(functools.partial(_advance, setup, mesh, most), donate_argnums=3)
@@ -166,11 +166,11 @@ class Passes:
             for group in self._alike(texts["query_mask"], self._batch_size(1)):
                 batch = data.trim({name: leaf[group] for name, leaf in texts.items()}, self.setup.config.data.buckets)
                 begin = lambda some, group=group, batch=batch: read(group[some], [leaf[some] for leaf in batch.values()])
-                for ended, tokens, count, first in self._as_they_end(len(group), begin, layers, noise):
+                for ended, tokens, sizes, first in self._as_they_end(len(group), begin, layers, noise):
                     at = group[ended]
                     if self.stopped_at is not None:
-                        count = np.array([self.stopped_at(row[:n]) or n for row, n in zip(tokens, count)], np.int64)
-                    found.tokens[at], found.mask[at], found.first[at] = tokens, np.arange(max_tokens) < count[:, None], first
+                        sizes = np.array([self.stopped_at(row[:n]) or n for row, n in zip(tokens, sizes)], np.int64)
+                    found.tokens[at], found.mask[at], found.first[at] = tokens, np.arange(max_tokens) < sizes[:, None], first
                     advance(len(at))
         return found
 
@@ -182,7 +182,8 @@ class Passes:
         """
         slots, some = self._batch_size(1), self._batch_size(4)
         waiting, holds = np.arange(count), np.full(slots, -1)  # rows to come, and the one in each slot
-        state = loras = None
+        state: Any = None  # decode.Writing, once there are rows in the slots
+        loras = None
         while len(waiting) or (holds >= 0).any():
             free = np.flatnonzero(holds < 0)
             while len(waiting) and len(free) >= min(some, len(waiting)):
@@ -191,7 +192,8 @@ class Passes:
                 places[: len(taken)], free = free[: len(taken)], free[len(taken) :]
                 holds[places[: len(taken)]] = taken
                 taken = taken[np.minimum(np.arange(some), len(taken) - 1)]
-                state, loras = self._fill(state, loras, *begin(taken), places)
+                new, its_loras = begin(taken)
+                state, loras = self._fill(state, loras, new, its_loras, places)
             until = min(some, len(waiting)) or slots
             state = self._stop(state)
             while sharding.fetch(state.ended).sum() < until:

@@ -17,7 +17,8 @@ class Pairs:
         """Starts empty. `ids`: of the train rows; `length`: columns for an answer, its end token included."""
         self.path, self.length = pathlib.Path(path), length
         self.places = {row_id: i for i, row_id in enumerate(ids)}
-        self.found, self.calls = [], 0
+        self.found: list[dict] = []
+        self.calls = 0
 
     def add(self, lines: list[dict]) -> None:
         """Appends to the file and takes the pairs."""

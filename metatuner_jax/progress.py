@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, stream=None, every_s: float = 20.0, stop: Stop | None = None, log=None):
         """Takes the file of the log, if there is to be one, which lines are added to."""
         self.stream, self.stop, self.log = stream or sys.stdout, stop or Stop(), log and pathlib.Path(log)
-        self.doing = None
+        self.doing: str | None = None
         self.terminal = self.stream.isatty()
         self.every_s = every_s  # between plain lines about the same work
 
@@ -64,13 +64,13 @@ class Progress:
             width = shutil.get_terminal_size().columns - 1  # a terminal that does not tell its width would get no bar
             with tqdm.tqdm(total=total, initial=first, desc=what, file=self.stream, leave=False, ncols=width, mininterval=0) as bar:
 
-                def advance(count, text=""):
+                def move(count, text=""):
                     bar.set_postfix_str(text, refresh=False)
                     bar.update(count)
                     self.stop.check()
 
                 with _every(1.0, bar.refresh):  # the clock goes on where the work does not
-                    yield advance
+                    yield move
             return
         done, start, said = first, time.monotonic(), time.monotonic()
 

@@ -70,6 +70,7 @@ def phases(setup) -> list[Phase]:
     config, method = setup.config, setup.method
     joint = functools.partial(losses.joint_loss, setup)
     only = lambda term: functools.partial(joint, terms=(term,))
+    turns: tuple[tuple[Any, tuple[str, ...]], ...]
     if method.preference:
         turns = ((functools.partial(losses.preference_loss, setup), method.parts),)
     elif method.alternating:
@@ -150,7 +151,7 @@ def rest(state: TrainState, planned: list[Phase], step: int) -> TrainState:
     After the last step those of its phase are there yet, as the run may be given more steps.
     """
     coming = {part for phase in planned if step < phase.first + phase.steps or phase is planned[-1] for part in phase.parts}
-    return state.replace(opt_state={part: tree if part in coming else {} for part, tree in state.opt_state.items()})
+    return dataclasses.replace(state, opt_state={part: tree if part in coming else {} for part, tree in state.opt_state.items()})
 
 
 # --- the step ---
@@ -273,7 +274,7 @@ def warmed_up(setup, frozen: generator.Frozen, params: dict) -> generator.Frozen
     """Returns the frozen weights after the actor's warm-up: its LoRA merged into them, or its own weights in their place."""
     if setup.config.warmup.actor_train == "full":
         actor = jax.tree.map(lambda leaf: jnp.array(leaf, setup.dtype, copy=True), params["actor"])
-        return frozen.replace(actor=actor)
+        return dataclasses.replace(frozen, actor=actor)
     loras, layers = generator.static(params["actor"], setup.config.warmup.scale), frozen.actor["layers"]
     stacks = layers if isinstance(layers, tuple) else (layers,)
     merged, first = [], 0
@@ -281,7 +282,7 @@ def warmed_up(setup, frozen: generator.Frozen, params: dict) -> generator.Frozen
         size = jax.tree.leaves(stack)[0].shape[0]
         merged.append(jax.jit(lora.merge)(stack, transformer.cut(loras, first, first + size)))
         first += size
-    return frozen.replace(actor={**frozen.actor, "layers": tuple(merged) if isinstance(layers, tuple) else merged[0]})
+    return dataclasses.replace(frozen, actor={**frozen.actor, "layers": tuple(merged) if isinstance(layers, tuple) else merged[0]})
 
 
 # --- the loop ---
@@ -444,7 +445,7 @@ class Trainer:
         share = np.sum(np.var(h, axis=0)) / np.mean(np.sum(np.square(h), axis=1))
         self.passes.progress.line(f"  states of {len(h)} queries: {100 * share:.2g}% of their square differs between queries, standardised")
         hyper = sharding.place({"hyper": generator.standardise(state.params["hyper"], jnp.asarray(h))}, self.passes.mesh)
-        return state.replace(params={**state.params, **hyper})
+        return dataclasses.replace(state, params={**state.params, **hyper})
 
     def diagnoses(self, done: int) -> bool:
         """Returns whether a step of the joint phase measures the terms' gradients: not the first, when the delta is 0 and so is the task's."""
@@ -493,14 +494,15 @@ class Trainer:
         tokens = self.passes.tokens
         start, phase = time.perf_counter(), phase_at(self.phases, step) if self.phases else None
         key = jax.random.fold_in(self.keys["rollout"], step)
-        done, rows = step - phase.first if phase else 0, self.rows["train"]
+        done, num_steps = (step - phase.first, phase.steps) if phase else (0, 0)
+        rows = self.rows["train"]
         common = (self.passes, state.params, key, rows, self.experts)
         if self.setup.method.preference:
-            found = preference.refresh(*common, self.pairs, self.tokens, self.score, step, done, phase.steps)
+            found = preference.refresh(*common, self.pairs, self.tokens, self.score, step, done, num_steps)
         elif self.setup.method.prompt == "searched":
             found = search.search(*common, self.tokens, self.score, step, done, self.experts.for_all(best))
         else:
-            found = rollout.refresh(*common, self.tokens, self.score, step, done, phase.steps)
+            found = rollout.refresh(*common, self.tokens, self.score, step, done, num_steps)
         self.searched = found.pop("prompt", None)
         found["rollout_tokens"] = self.passes.tokens - tokens
         found["rollout_s"] = round(time.perf_counter() - start, 3)

@@ -169,7 +169,7 @@ def versions() -> dict:
     import metatuner_jax
 
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "numpy", "reasoning-gym")
-    found = {"python": platform.python_version(), "metatuner_jax": metatuner_jax.__version__}
+    found: dict[str, str | None] = {"python": platform.python_version(), "metatuner_jax": metatuner_jax.__version__}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
