@@ -31,8 +31,9 @@ tpu:
 	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n 0 -s tests/parity/test_tpu.py
 
 check: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/python -m pip install --quiet ruff mypy
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy metatuner_jax experiments
 
 # The server's page in a real browser, which is to be on the PATH as `chromium` (apt-get install chromium).
 browser: $(VENV)/.installed-test

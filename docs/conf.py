@@ -81,7 +81,8 @@ def with_fields(app, what, name, obj, options, lines):
         text = field.metadata.get("help") or comments.get(field.name, "")
         if "help" in field.metadata:
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-            text = f"{text} (default: ``{'none' if default is None else ','.join(default) if isinstance(default, tuple) else default}``)"
+            shown = "none" if default is None else ",".join(default) if isinstance(default, tuple) else str(default)
+            text = f"{text} (default: ``{shown or 'empty'}``)"
         lines.append(f"- **{field.name}**" + (f": {text.replace('*', chr(92) + '*')}" if text else ""))
     lines.append("")
 

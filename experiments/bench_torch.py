@@ -260,6 +260,8 @@ def make_runs(work, names) -> dict:
     if "decode" in names:
         tokens = tensor(bench.decode_tokens(setup.actor.vocab_size))
         runs["torch_decode"] = torch.no_grad()(lambda: generate(plain, tokens, bench.DECODE_NEW, do_sample=False))
+    if reference is None:
+        return runs
     if "actor_lora_per_row" in names:
         import peft
 

@@ -67,7 +67,7 @@ def score(config, candidates):
     _, actor = pretrained.load(config.actor.model, job.setup.config.dtype)
     actor = transformer.cut_vocabulary(actor, job.setup.actor.vocab_size)
     frozen = sharding.place(generator.Frozen(None, actor, tokens.allowed), job.mesh)
-    passes = Passes(job.setup, frozen, job.mesh, config.eval.batch_size, Progress())
+    passes = Passes(job.setup, frozen, job.mesh, config.eval.batch_size, Progress(), job.tokens)
     part, found = job.rows["validation"], []
     for prompt, ids in zip(candidates, encoded):
         answered = passes.answer(part, np.arange(len(part)), *data.pad([ids] * len(part), limit, "right"), weigh=True)

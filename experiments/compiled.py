@@ -40,7 +40,7 @@ def collectives(setup, lengths, mesh) -> dict:
     found = in_child([(with_depths(setup, *few), lengths, mesh) for few in tried])
     first, *slopes = found
     true = (shared, private, setup.actor.num_layers)
-    total = {}
+    total: dict[str, dict[str, int]] = {}
     for kind in KINDS:
         for what in ("count", "bytes"):
             base = first["by_kind"][kind][what]
@@ -88,11 +88,12 @@ def as_json(setup, lengths, mesh) -> dict:
 
 def from_json(found: dict):
     """Returns (setup, lengths, the settings of the mesh)."""
-    models = []
-    for name in ("generator", "actor"):
+
+    def model(name):
         scaling = found[name]["rope_scaling"]
-        models.append(config_lib.ModelConfig(**{**found[name], "rope_scaling": scaling and tuple(scaling)}))
-    setup = generator.Setup(config_lib.from_tree(found["config"]), *models, found["end_id"], tuple(found["prefix"]))
+        return config_lib.ModelConfig(**{**found[name], "rope_scaling": scaling and tuple(scaling)})
+
+    setup = generator.Setup(config_lib.from_tree(found["config"]), model("generator"), model("actor"), found["end_id"], tuple(found["prefix"]))
     return setup, data.Lengths(**found["lengths"]), config_lib.MeshConfig(**found["mesh"])
 
 
@@ -101,6 +102,7 @@ def compile_step(setup, lengths, mesh: config_lib.MeshConfig) -> dict:
 
     The mesh is of devices that are there, pretended or not. The step is that of the joint phase, and of its first turn where turns are taken.
     """
+    assert mesh.data is not None  # it is that of a mesh, not of a config
     real = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
     began = time.perf_counter()
     lowered = lower_step(setup, lengths, real)
@@ -128,7 +130,9 @@ def lower_step(setup, lengths, mesh):
 def read_collectives(text: str, setup) -> dict:
     """Returns {kind: {"count", "bytes"}} of a compiled program; what is in a loop counts as often as the loop is gone through."""
     own = re.compile(r"jit\(_layer\)|vd->|->vd|/gather|scatter-add")  # what is computed in the type of the compute
-    bodies, name, calls = collections.defaultdict(list), None, collections.defaultdict(list)
+    name = ""
+    bodies: dict[str, list] = collections.defaultdict(list)  # [(kind, bytes)] of what a computation moves itself
+    calls: dict[str, list] = collections.defaultdict(list)  # [(computation, how often)]
     for line in text.splitlines():
         head = re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
         if head:

@@ -230,7 +230,7 @@ def make_plan(setup, lengths, mesh) -> dict:
     parameters |= {f"frozen: {name}": count(tree) for name, tree in frozen_parts.items() if tree is not None}
     phases = memory(setup, lengths, mesh)
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
-    largest = max(totals, key=totals.get)
+    largest = max(totals, key=totals.__getitem__)
     return {
         "method": config.method, "dtype": config.dtype, "mesh": mesh.shape, "devices": mesh.size,
         "generator": {"model": config.generator.model, "train": config.generator.train, **dataclasses.asdict(setup.generator), "num_shared": setup.num_shared},
@@ -304,7 +304,7 @@ def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
     state, _ = _shapes_of(_Key(setup))
     config, method, k = setup.config, setup.method, setup.num_shared
     itemsize, remat, ways = setup.dtype.itemsize, config.train.remat, mesh.fsdp
-    rows = -(-config.train.batch_size // sharding.row_parts(mesh))
+    rows = -(-config.train.batch_size // (config.train.accumulate * sharding.row_parts(mesh)))
     ours, theirs = (Share(model, mesh.tensor, itemsize) for model in (setup.generator, setup.actor))
     layers, query, prompt = setup.generator.num_layers, lengths.generator, config.generator.max_prompt_tokens
     full = config.generator.train == "full" and method.learns_generator
@@ -316,7 +316,7 @@ def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
     answered = actor_tokens(setup, lengths)
     pairs = 2 if method.preference else 1
 
-    found = {"copies of the moments": 2 * learning}
+    found = {"copies of the moments": 2 * learning, "gradients of the parts before": learning if config.train.accumulate > 1 else 0}
     if full:
         generator_parts = {name: tree for name, tree in state.params.items() if name in ("embed", "shared", "prompt", "encoder")}
         found["generator in the type of the compute"] = bytes_of(generator_parts, mesh) * itemsize // MASTER if itemsize < MASTER else 0
@@ -413,7 +413,7 @@ def mean_bytes(setup, parts: int) -> int:
 # --- FLOPs ---
 
 
-def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int, layers: int | None = None) -> float:
+def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int, layers: int | None = None) -> int:
     """Returns the floating-point operations of the products of one forward pass.
 
     Args:
@@ -425,7 +425,7 @@ def pass_flops(model: ModelConfig, rows: int, read: int, seen: int, scored: int,
     return rows * ((model.num_layers if layers is None else layers) * a_layer + scored * 2 * model.vocab_size * model.width)
 
 
-def step_flops(setup, lengths) -> dict[str, float]:
+def step_flops(setup, lengths) -> dict[str, int]:
     """Returns the floating-point operations of the products of a step of all devices together, by part, and their sum.
 
     Prompts are taken to be as long as they may be; where the terms take turns, both are counted. Weights that do not learn have no product of their own in the backward pass, and what
@@ -441,7 +441,8 @@ def step_flops(setup, lengths) -> dict[str, float]:
     again = lambda model, read, seen, layers: {  # what the backward pass makes again of the layers
         "none": 0, "products": attends(model, read, seen, layers), "all": pass_flops(model, rows, read, seen, 0, layers),
     }[config.train.remat]  # fmt: skip
-    found, back = collections.Counter(), 2 if full else 1
+    found: collections.Counter[str] = collections.Counter()
+    back = 2 if full else 1
     if method.learns_generator:
         read = layers if writes else k
         forward = pass_flops(ours, rows, query, query, 0, read) + (0 if method.shared else pass_flops(ours, rows, query, query, 0, k))
@@ -493,6 +494,10 @@ def changes(setup, mesh):
             yield f"mesh.data={more.data} mesh.fsdp={more.fsdp}", setup, more
     if config.train.remat != "all" and setup.method.learns:
         yield "train.remat=all", with_(train={"remat": "all"}), mesh
+    parts = 2 * config.train.accumulate
+    while setup.method.learns and config.train.batch_size % (parts * rows) == 0:
+        yield f"train.accumulate={parts}", with_(train={"accumulate": parts}), mesh
+        parts *= 2
     for section in ("train", "eval"):
         size = getattr(config, section).batch_size // 2
         while size and size % rows == 0:
@@ -520,7 +525,8 @@ def refuse(setup, lengths, mesh, plan, memory_limit: float) -> str:
         f"({gib(parts[part])}): "
     )
     peak_of = lambda setup, mesh: max(sum(parts.values()) for parts in memory(setup, lengths, mesh).values())
-    taken, peak = [], found["peak"]
+    taken: list[str] = []
+    peak = found["peak"]
     while peak > memory_limit:
         tried = [(peak_of(other, there), name, other, there) for name, other, there in changes(setup, mesh)]
         fitting = [one for one in tried if one[0] <= memory_limit]

@@ -13,17 +13,17 @@ import sys
 
 import numpy as np
 
+from experiments import run
 from metatuner_jax import pretrained
 
 
 def main(argv=None) -> int:
     """Returns the exit code: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.prune", description=__doc__.splitlines()[0])
+    parser = run.Parser(prog="python -m experiments.prune", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="what actor.model takes")
     parser.add_argument("--text", type=pathlib.Path, help="a file whose lines the layers' influence is measured on")
     parser.add_argument("--keep", type=layers, help="the layers to keep, counted from 0")
     parser.add_argument("--out", type=pathlib.Path, help="the folder to write; it must not be there yet")
-    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}; see --help\n")  # one line, and no usage before it
     given = parser.parse_args(argv)
     try:
         if given.text:
@@ -93,7 +93,7 @@ def prune(spec, keep: list[int], folder: pathlib.Path) -> None:
     if keep != sorted(set(keep)) or not 0 <= keep[0] <= keep[-1] < config.num_layers:
         raise ValueError(f"--keep={','.join(map(str, keep))} must name layers of 0 to {config.num_layers - 1}, each once and in order")
     export.check_new(folder)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     pretrained.load(spec, "float32", put=lambda path, array: arrays.setdefault(path, np.asarray(array)))
     config = dataclasses.replace(config, num_layers=len(keep))
     kept = {path: array[keep] if path.startswith("layers/") else array for path, array in arrays.items()}

@@ -3,6 +3,7 @@
     python -m experiments.run --config quickstart --workdir runs/quickstart --config.train.num_steps=20
 """
 
+import argparse
 import contextlib
 import difflib
 import importlib.util
@@ -11,7 +12,7 @@ import sys
 import traceback
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import processes, stopping
+from metatuner_jax import memory, processes, stopping
 from metatuner_jax import workdir as workdir_lib
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -107,7 +108,7 @@ def run(argv, stop) -> int:
 
 
 def answered(argv, usage: str, do) -> int:
-    """Returns the exit code of a command: 0 once do(argv) is done, 2 where it raises what the user can mend, after one line about it.
+    """Returns the exit code of a command: 0 once do(argv) is done, after one line 2 where it raises what the user can mend, 1 without memory.
 
     Args:
       usage: what --help prints.
@@ -118,10 +119,17 @@ def answered(argv, usage: str, do) -> int:
         return 0
     try:
         do(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, memory.OutOfMemory) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, memory.OutOfMemory) else 2
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, with no usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
 def need(options, *names) -> None:

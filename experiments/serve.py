@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from experiments import predict, run
 from metatuner_jax import config as config_lib
+from metatuner_jax import memory
 
 USAGE = """usage: python -m experiments.serve --workdir FOLDER [--host NAME] [--port N] [--step N] [--config.NAME=VALUE ...]
 
@@ -178,6 +179,9 @@ def make_app(batcher: Batcher, name: str, any_host: bool = False):
     async def wrong(request, error):
         return await refused(request, Refused(400, str(error), "messages"))
 
+    async def too_large(request, error):
+        return JSONResponse({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}}, 503)
+
     async def index(request):
         return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"})
 
@@ -203,7 +207,7 @@ def make_app(batcher: Batcher, name: str, any_host: bool = False):
             Route("/", index), Route("/api/answer", both, methods=["POST"]), Route("/v1/models", models),
             Route("/v1/chat/completions", complete, methods=["POST"]),
         ],
-        exception_handlers={Refused: refused, ValueError: wrong},
+        exception_handlers={Refused: refused, ValueError: wrong, memory.OutOfMemory: too_large},
         middleware=[] if any_host else [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
     )  # fmt: skip
 
@@ -279,10 +283,10 @@ def text_of(message) -> str:
 def completion(asked, answer, tuner) -> dict:
     """Returns an answer as a chat completion."""
     ids, text = answer.ids, answer.text
-    reason = "stop" if ids and ids[-1] == tuner.setup.end_id else "length"
+    reason = "stop" if ids and (ids[-1] == tuner.setup.end_id or tuner.tokens.stopped_at(ids)) else "length"
     if asked["max_tokens"] is not None and len(ids) > asked["max_tokens"]:
         ids, reason = ids[: asked["max_tokens"]], "length"
-        text = tuner.tokens.decode(ids)
+        (text,) = tuner.tokens.answers([ids], [None])
     found = [text.index(stop) for stop in asked["stop"] if stop in text]
     if found:
         text, reason = text[: min(found)], "stop"

@@ -5,6 +5,7 @@ A comparison is a folder with `grid.json` (what was asked for) and, for each run
 """
 
 import statistics
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def against(ours: dict, rival: dict) -> dict | None:
 def summarise(folder) -> dict:
     """Returns every figure of a comparison: the content of comparison.json."""
     grid = files.read_json(folder / "grid.json")
-    runs = {name: {} for name in grid["variants"]}
+    runs: dict[str, dict[int, tuple]] = {name: {} for name in grid["variants"]}
     for name, seed in planned(grid):
         found = read_run(folder / f"{name}-{seed}")
         if found:
@@ -124,7 +125,7 @@ def read_run(folder):
 
 def read_search(folder) -> dict:
     """Returns {method: {rate: results}} of the search runs that ended, rates from low to high."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*-*/results.json"), key=lambda path: float(path.parent.name.split("-", 1)[1])):
         method, rate = path.parent.name.split("-", 1)
         found.setdefault(method, {})[rate] = files.read_json(path)

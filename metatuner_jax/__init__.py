@@ -4,14 +4,20 @@ Submodules load when first used, so that `import metatuner_jax` touches neither 
 """
 
 import importlib
+import os
 
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "checkpoint", "config", "data", "decode", "evaluate", "generator", "job", "lora", "losses", "methods", "networks", "pretrained", "rollout",
+    "checkpoint", "config", "data", "decode", "evaluate", "generator", "job", "lora", "losses", "memory", "methods", "metrics", "networks", "pretrained", "rollout",
     "search", "sharding", "tasks", "train", "transformer", "tuner",
 )  # fmt: skip
 _NAMES = ("Answer", "Tuner")  # of `tuner`
+
+
+if os.environ.get("METATUNER_CACHE"):  # one setting for all that is fetched; the hub's own ones come first
+    for _name, _folder in (("HF_HUB_CACHE", "hub"), ("HF_DATASETS_CACHE", "datasets")):
+        os.environ.setdefault(_name, os.path.join(os.path.expanduser(os.environ["METATUNER_CACHE"]), _folder))
 
 
 def __getattr__(name):

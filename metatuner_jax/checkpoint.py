@@ -120,21 +120,27 @@ def best_in(folder) -> int | None:
     return max(steps_in(folder), key=score, default=None)
 
 
-def load_params(folder, step: int, like):
-    """Returns what had been learnt at a checkpoint, without the optimiser's state.
-
-    Args:
-      like: the tree `params` of that state, as shapes with their placement.
-
-    Raises:
-      ValueError: there is no such checkpoint, it is damaged, or of another architecture.
-    """
+def saved_params(folder, step: int) -> dict:
+    """Returns what had been learnt at a checkpoint, as shapes alone. Raises ValueError where there is no such checkpoint or it is damaged."""
     place = pathlib.Path(folder).absolute() / str(step)
     wrong = problem(folder, step) if place.exists() else f"there are those of the steps {', '.join(map(str, steps_in(folder))) or 'none'}"
     if wrong:
         raise ValueError(f"{place} cannot be loaded: {wrong}; take another --step, or none")
-    saved = ocp.StandardCheckpointHandler().metadata(place / "default").tree["params"]
-    check_like(place, saved, like)
+    return ocp.StandardCheckpointHandler().metadata(place / "default").tree["params"]
+
+
+def load_params(folder, step: int, like):
+    """Returns what had been learnt at a checkpoint, without the optimiser's state.
+
+    Args:
+      like: the parts of the tree `params` of that state that are wanted, as shapes with their placement.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is damaged, or of another architecture.
+    """
+    saved = saved_params(folder, step)
+    place = pathlib.Path(folder).absolute() / str(step)
+    check_like(place, {part: tree for part, tree in saved.items() if part in like}, like)
     how = ocp.checkpoint_utils.construct_restore_args({"params": like})
     with ocp.PyTreeCheckpointer() as reader:
         return reader.restore(place / "default", args=ocp.args.PyTreeRestore({"params": like}, restore_args=how, partial_restore=True))["params"]
@@ -195,7 +201,8 @@ class Checkpoints:
         )
         # Without the handler, a manager that has not saved yet cannot tell what a checkpoint holds.
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
-        self.writer = self.failure = None  # the thread of the newest checkpoint, and what went wrong in it
+        self.writer: threading.Thread | None = None  # of the newest checkpoint
+        self.failure: RuntimeError | None = None  # what went wrong in it
 
     def tend(self) -> None:
         """Raises what went wrong in the background, such as a full disk. To be called often."""
@@ -259,5 +266,5 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception if self.failure else ()):  # it would raise the same again, in its own words
+            with contextlib.suppress(Exception) if self.failure else contextlib.nullcontext():  # it would raise the same again, in its own words
                 self.manager.close()

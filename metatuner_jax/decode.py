@@ -1,5 +1,6 @@
 """Rows are read once; what comes after them is sampled, or followed where it is given, from their keys and values."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -168,8 +169,9 @@ def _noise(key, rows, position, scores, temperature):
 def advance(
     config: ModelConfig, params: dict, state: Writing, *, end_id: int, allowed: Bool[Array, " v"], key=None,
     temperature: float | Float[Array, ""] = 0.0, top_p: float = 1.0, loras=None, until: int | Int[Array, ""] | None = None,
+    most: int | None = None,
 ) -> Writing:
-    """Writes on until all rows have ended, or `until` of them. To be called under jit.
+    """Writes on until all rows have ended, or `until` of them, or `most` tokens a row are written. To be called under jit.
 
     Args:
       params: with what `transformer.unstack` makes of the layers where rows began with layers "unroll". Others are those of `sample`.
@@ -196,7 +198,10 @@ def advance(
             columns=columns, column=(state.column + 1) % columns.shape[1], caches=caches,
         )  # fmt: skip
 
-    return jax.lax.while_loop(lambda state: jnp.sum(state.ended) < (b if until is None else until), step, state)
+    goes_on = lambda state: jnp.sum(state.ended) < (b if until is None else until)
+    if most is None:
+        return jax.lax.while_loop(goes_on, step, state)
+    return jax.lax.while_loop(lambda at: goes_on(at[0]) & (at[1] < most), lambda at: (step(at[0]), at[1] + 1), (state, 0))[0]
 
 
 def vacant(new: Writing, loras, b: int):
@@ -225,10 +230,11 @@ def refill(state: Writing, loras, new: Writing, its_loras, places: Int[Array, " 
         return old.at[(slice(None),) * axis + (places,)].set(new, mode="drop")
 
     turn = state.column - new.column
-    new = new.replace(columns=jnp.roll(new.columns, turn, axis=1), caches=jax.tree.map(lambda leaf: jnp.roll(leaf, turn, axis=-2), new.caches))
+    its_caches = jax.tree.map(lambda leaf: jnp.roll(leaf, turn, axis=-2), new.caches)
+    new = dataclasses.replace(new, columns=jnp.roll(new.columns, turn, axis=1), caches=its_caches)
     of_rows = {name: put(getattr(state, name), getattr(new, name)) for name in OF_ROWS}
     caches = jax.tree.map(lambda old, new: put(old, new, old.ndim - 4), state.caches, new.caches)
-    return state.replace(**of_rows, caches=caches), jax.tree.map(lambda old, new: put(old, new, 1), loras, its_loras)
+    return dataclasses.replace(state, **of_rows, caches=caches), jax.tree.map(lambda old, new: put(old, new, 1), loras, its_loras)
 
 
 def sample(

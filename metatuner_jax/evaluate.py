@@ -40,7 +40,7 @@ def validate(passes, params, rows, tokens, score, for_all=None) -> dict:
 
 def texts_of(answered, tokens) -> list[str]:
     """Returns the answers as text."""
-    return [tokens.decode(ids, mask) for ids, mask in zip(answered.tokens, answered.mask)]
+    return tokens.answers(answered.tokens, answered.mask)
 
 
 def answer_before(passes, rows, tokens, score) -> list[dict]:

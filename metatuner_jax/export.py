@@ -5,6 +5,8 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
@@ -24,7 +26,7 @@ def check_new(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: pathlib.Path):
+def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a folder beside `path`, which becomes it once all is written; what was there before is never touched.
 
     Raises ValueError where there is something at `path` already, or it cannot be made.
@@ -123,7 +125,7 @@ def flat(params: dict) -> dict[str, np.ndarray]:
     return {"/".join(key.key for key in path): np.array(leaf, np.float32) for path, leaf in jax.tree_util.tree_leaves_with_path(whole)}
 
 
-def write_model(folder: pathlib.Path, model: ModelConfig, arrays: dict[str, np.ndarray], tokenizer, dtype: str = "float32") -> None:
+def write_model(folder: pathlib.Path, model: ModelConfig, arrays: dict[str, np.ndarray], tokenizer: Any, dtype: str = "float32") -> None:
     """Writes weights by the paths of `pretrained.layout` as a model of transformers."""
     tensors = {}
     for leaf in pretrained.layout(model):
@@ -180,7 +182,7 @@ def card(saved: dict, results: dict, base: str, loras: dict[str, Lora]) -> str:
     """
     config, adapter = saved["resolved"], results["adapter"]
 
-    def percent(score):
+    def percent(score: dict) -> str:
         low, high = score["ci95"]
         return f"{100 * score['mean']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
 
@@ -241,6 +243,6 @@ tuner = mt.Tuner.load("<this folder>/metatuner")
 """
 
 
-def _save(path, tensors):
+def _save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # written for its owner alone, unlike other files

@@ -197,7 +197,7 @@ def init(setup: Setup, base: dict, key, actor: dict | None = None) -> dict:
         head = base["head"]["kernel"] if "head" in base else base["embed"]["embedding"]
         return copy({"layers": base["layers"][1], "norm": base["norm"], "head": {"kernel": head}})
 
-    params = {}
+    params: dict[str, Any] = {}
     if method.learns_generator:
         params |= bottom(key_shared)
     if method.prompt == "written":
@@ -314,7 +314,8 @@ def state(setup: Setup, params: dict, frozen: Frozen, query: Query, tokens, mask
 
 def adapt(setup: Setup, hyper: dict, h: Float[Array, "b d"]) -> dict[str, Lora]:
     """Returns the LoRA that the hypernetwork writes for each row, float32."""
-    return hypernetwork(setup).apply({"params": hyper}, h)
+    loras: Any = hypernetwork(setup).apply({"params": hyper}, h)  # typed as a pair too, which it is where a collection is mutable
+    return loras
 
 
 def write(

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from metatuner_jax import (
     evaluate,
     files,
     lora,
+    memory,
     methods,
     networks,
     preference,
@@ -30,6 +31,7 @@ from metatuner_jax import (
     train,
 )
 from metatuner_jax import config as config_lib
+from metatuner_jax import metrics as metrics_lib
 from metatuner_jax import workdir as workdir_lib
 from metatuner_jax.generator import Setup
 from metatuner_jax.passes import Passes
@@ -49,6 +51,16 @@ class Job:
     mesh: Any
     sums: dict  # of the rows (see `data.digest`)
     checkpoints: dict = dataclasses.field(default_factory=dict)  # step -> what is wrong with it, None where nothing is
+    start: Any = None  # Start: what is taken of an earlier run
+
+
+class Start(NamedTuple):
+    """What a run takes of an earlier one."""
+
+    folder: pathlib.Path
+    step: int
+    like: dict  # the parts that both have, as shapes
+    anew: tuple[str, ...]  # those that the earlier run does not have
 
 
 @contextlib.contextmanager
@@ -81,7 +93,33 @@ def begin(config: config_lib.Config, workdir: pathlib.Path, others: dict | None 
             folder.enter_context(workdir_lib.held(workdir))
             if processes.group.index == 0 and (workdir / "config.json").exists():
                 raise ValueError(f"--workdir={workdir} was taken by another run just now; give another --workdir")
+        if config.train.start_from is not None and not any(wrong is None for wrong in job.checkpoints.values()):
+            job.start = start_of(job.setup, config)
         yield job
+
+
+def start_of(setup, config) -> Start:
+    """Returns what a run takes of `train.start_from`; raises ValueError where that has nothing for it, from shapes alone."""
+    folder, field = pathlib.Path(config.train.start_from), f"train.start_from={config.train.start_from!r}"
+    try:
+        theirs, results = workdir_lib.read_config(folder), files.read_json(folder / "results.json")
+        step = results["checkpoint"] if results else checkpoint.best_in(folder / "checkpoints")
+        if step is None:
+            raise ValueError(f"{folder} has no checkpoint yet")
+        saved, (state, _) = checkpoint.saved_params(folder / "checkpoints", step), networks.shapes(setup)
+        like = {part: tree for part, tree in state.params.items() if part in saved}
+        checkpoint.check_like(folder / "checkpoints" / str(step), {part: saved[part] for part in like}, like)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{field} has nothing to start from: {error}") from None
+    if not like:
+        raise ValueError(f"{field} has learnt nothing that method={config.method} learns: {', '.join(saved)}; take a run of another method")
+    if "actor" in saved and "actor" not in like:
+        raise ValueError(f"{field} has warmed up its actor, to which all else that it learnt belongs: set warmup.actor_steps here too")
+    for role in ("generator", "actor"):
+        there, here = (getattr(one, role).model for one in (theirs, config))
+        if there != here:
+            raise ValueError(f"{field} has {role}.model={there!r}, to which what it learnt belongs, and this run {here!r}: take the same model")
+    return Start(folder, step, like, tuple(part for part in state.params if part not in like))
 
 
 def tell(error, progress):
@@ -100,6 +138,7 @@ def prepare(config, dtype=None, mesh=None, task=None) -> Job:
       mesh: of a plan, which has no need of weights; None: that of the devices here.
       task: in the place of the one that the config names.
     """
+    metrics_lib.check(config.train)
     if task is None:
         tasks.check(config.task)
     devices = find_devices()
@@ -152,7 +191,7 @@ def make_setup(config, dtype=None) -> tuple[Setup, data.Tokens]:
             )
     vocab_size = min(generator.vocab_size, actor.vocab_size)
     generator, actor = (dataclasses.replace(model, vocab_size=vocab_size) for model in (generator, actor))
-    tokens = of_model(config, "actor", lambda _: data.Tokens(tokenizer, vocab_size, config.generator.instruction))
+    tokens = of_model(config, "actor", lambda _: data.Tokens(tokenizer, vocab_size, config.generator.instruction, config.actor.stop))
     return Setup(config, generator, actor, tokens.end_id, tokens.template.prefix), tokens
 
 
@@ -205,6 +244,12 @@ def check_lengths(config, generator, actor, lengths, prefix_tokens):
 def check_rows(config, mesh):
     """Raises ValueError where the mesh does not split the rows of a batch evenly."""
     ways = sharding.row_parts(mesh)
+    parts = config.train.accumulate
+    if parts > 1 and config.train.batch_size % (parts * ways):
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} must be a multiple of train.accumulate={parts} times mesh.data * mesh.fsdp = {ways}, "
+            "which split the rows of each part"
+        )
     for name, size in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if size % ways:
             raise ValueError(f"{name}={size} must be a multiple of mesh.data * mesh.fsdp = {ways}, which split the rows of a batch")
@@ -232,7 +277,12 @@ def check_checkpoint(setup, workdir, step):
 
 
 def do(job: Job, workdir, progress) -> None:
-    """Does the whole run in its folder."""
+    """Does the whole run in its folder. Raises what a step, an evaluation or the disk does, `memory.OutOfMemory` where there is not enough."""
+    with memory.watched(job.setup.config, lambda: progress.doing), contextlib.ExitStack() as closing:
+        _do(job, workdir, progress, closing)
+
+
+def _do(job, workdir, progress, closing):
     began = time.perf_counter()
     for name in ("absl", "asyncio"):  # which print pages, again and again, about an error that is raised here too
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -245,14 +295,19 @@ def do(job: Job, workdir, progress) -> None:
         workdir_lib.write_config(job, workdir, progress)
 
     keys = dict(zip(("init", "step", "rollout"), jax.random.split(jax.random.key(config.seed), 3)))
-    frozen, params = networks.load(setup, tokens, keys["init"], job.mesh)
+    with progress.wait("loading the models"):
+        frozen, params = networks.load(setup, tokens, keys["init"], job.mesh)
+    if job.start is not None:
+        folder, step, like, anew = job.start
+        params |= checkpoint.load_params(folder / "checkpoints", step, sharding.shapes_at(like, job.mesh))
+        progress.line(f"starting from step {step} of {folder}: {', '.join(like)}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     state = sharding.place(train.init_state(setup, params), job.mesh)
     shapes = checkpoint.shapes(state)
     del params
     learning = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     progress.line(f"parameters: {learning / 1e6:.1f} million learn, {_millions(frozen)} million are frozen")
 
-    passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress)
+    passes = Passes(setup, frozen, job.mesh, config.eval.batch_size, progress, tokens)
     del frozen  # the passes hold the weights, which a warm-up replaces
     full = config.eval.report == "test"
     progress.now("evaluation")
@@ -266,7 +321,6 @@ def do(job: Job, workdir, progress) -> None:
         progress.line(f"note: {line}")
     sound = (step for step, wrong in job.checkpoints.items() if not wrong)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, sound, progress.note)
-    metrics_path = workdir / "metrics.jsonl"
     try:
         newest = checkpoints.latest()
         planned = train.phases(setup)
@@ -275,15 +329,9 @@ def do(job: Job, workdir, progress) -> None:
             progress.line(f"resuming at step {newest} of {sum(phase.steps for phase in planned)}")
         experts.restore(newest or 0)
         pairs.restore(newest or 0)
-        files.write_lines(metrics_path, [m for m in files.read_lines(metrics_path) if m["step"] < (newest or 0)])
-
-        logged = files.read_lines(metrics_path)
-        began -= logged[-1]["wall_s"] if logged else 0  # what the run took before it was resumed
-
-        def log(metrics):
-            files.append_lines(metrics_path, [{**metrics, "wall_s": round(time.perf_counter() - began, 1)}])
-
-        trainer = train.Trainer(passes, keys, rows, experts, pairs, tokens, task.score, checkpoints, log)
+        metrics = metrics_lib.Metrics(workdir, config, newest or 0, began)
+        closing.callback(metrics.close)
+        trainer = train.Trainer(passes, keys, rows, experts, pairs, tokens, task.score, checkpoints, metrics.add, workdir / "profile")
         state = trainer.fit(state)
         best = checkpoints.best()
         if best not in (None, trainer.total):
@@ -291,13 +339,13 @@ def do(job: Job, workdir, progress) -> None:
             state = checkpoints.restore(best, train.rest(shapes, planned, best))
     except (RuntimeError, ValueError, OSError) as error:
         if processes.group.count > 1:  # now: to close, the others are waited for
-            tell(error, progress)
+            tell(memory.named(error, config, progress.doing), progress)
         raise
     finally:
         checkpoints.close()
     for_all = trainer.last_search(state, best)
     progress.now("evaluation")
-    logged = files.read_lines(metrics_path)
+    logged = metrics.lines()
     validation = next((m["validation"] for m in reversed(logged) if m.get("validation") is not None and m["step"] + 1 == best), None)
     if validation is None or (for_all and for_all != experts.for_all(best)):
         validation = evaluate.validate(passes, state.params, rows["validation"], tokens, task.score, for_all)
@@ -316,7 +364,7 @@ def do(job: Job, workdir, progress) -> None:
     total = lambda name: sum(m.get(name, 0) * (m.get("steps", 1) if name in ("step_s", "tokens") else 1) for m in logged)
     results |= {
         "steps": config.train.num_steps if setup.method.learns else 0, "checkpoint": int(np.asarray(state.step)),
-        "wall_s": round(time.perf_counter() - began, 1), "train_s": round(total("step_s"), 1), "rollout_s": round(total("rollout_s"), 1),
+        "wall_s": metrics.wall_s, "train_s": round(total("step_s"), 1), "rollout_s": round(total("rollout_s"), 1),
         "cost": {
             "trained_parameters": learning, "actor_calls": int(total("rollout_attempts")), "tokens": int(total("tokens") + total("rollout_tokens")),
             "seconds": round(total("step_s") + total("rollout_s"), 1),
@@ -325,6 +373,7 @@ def do(job: Job, workdir, progress) -> None:
         **({"searched_prompt": for_all} if setup.method.prompt == "searched" else {}),
     }  # fmt: skip
     files.write_json(workdir / "results.json", results)
+    metrics.finish(results)
     progress.line("\n" + workdir_lib.summary(results, predictions[:3] if full else []))
     progress.line(f"\nEverything is in {workdir}")
 

@@ -1,5 +1,6 @@
 """Low-rank deltas of projections, applied beside the frozen weights and never formed as dense matrices."""
 
+import pathlib
 from typing import Any
 
 import flax.struct
@@ -51,7 +52,7 @@ def repeat(loras: dict[str, Lora], count: int) -> dict[str, Lora]:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], count, axis=1), loras)
 
 
-def save(path, loras: dict[str, Lora], **about: str) -> None:
+def save(path: pathlib.Path, loras: dict[str, Lora], **about: str) -> None:
     """Writes a LoRA of all rows ([l, ...] leaves) as safetensors, float32, with what is said about it; the file is whole at any moment."""
     arrays = {f"{target}.{name}": np.asarray(getattr(lora, name), np.float32) for target, lora in loras.items() for name in ("a", "b")}
     beside = path.with_name(path.name + ".new")
@@ -59,7 +60,7 @@ def save(path, loras: dict[str, Lora], **about: str) -> None:
     beside.replace(path)
 
 
-def load(path) -> tuple[dict[str, Lora], dict[str, str]]:
+def load(path: pathlib.Path) -> tuple[dict[str, Lora], dict[str, str]]:
     """Returns what `save` wrote: the LoRA, numpy, and what is said about it."""
     with safetensors.safe_open(path, "numpy") as file:
         targets = dict.fromkeys(name.split(".")[0] for name in file.offset_keys())

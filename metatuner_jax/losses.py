@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from metatuner_jax import actor, decode, generator, lora, transformer
 
 
-def token_loss(log_likelihoods: Float[Array, "b t"], weights: Float[Array, "b t"]) -> Float[Array, ""]:
+def token_loss(log_likelihoods: Float[Array, "b t"], weights: Float[Array, "b t"], count=None) -> Float[Array, ""]:
     """Returns the mean cross-entropy of the targets, in nats per weighted token.
 
     One mean over the whole batch, not a mean of row means: a long answer counts for more than a short one.
@@ -15,8 +15,9 @@ def token_loss(log_likelihoods: Float[Array, "b t"], weights: Float[Array, "b t"
     Args:
       log_likelihoods: of each target.
       weights: 1 where a token counts; 0 on padding.
+      count: over which the mean is taken, where the rows are a part of a batch; None: the sum of the weights.
     """
-    return -jnp.sum(log_likelihoods * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    return -jnp.sum(log_likelihoods * weights) / jnp.maximum(jnp.sum(weights) if count is None else count, 1.0)
 
 
 def task_loss(setup, frozen, loras, batch, prompt, prompt_mask, prompt_embedding=None) -> Float[Array, ""]:
@@ -27,7 +28,7 @@ def task_loss(setup, frozen, loras, batch, prompt, prompt_mask, prompt_embedding
     found = actor.log_likelihoods(
         setup, frozen, loras, prompt, prompt_mask, batch["query"], batch["query_mask"], batch["answer"], prompt_embedding
     )
-    return token_loss(found, batch["answer_mask"].astype(jnp.float32))
+    return token_loss(found, batch["answer_mask"].astype(jnp.float32), batch.get("answer_count"))
 
 
 def prompt_loss(setup, weights, states, batch) -> Float[Array, ""]:
@@ -40,7 +41,7 @@ def prompt_loss(setup, weights, states, batch) -> Float[Array, ""]:
       states: [b, m, d]: the packed pass's last states for the expert prompt.
     """
     found = transformer.log_likelihoods(setup.generator, weights, states, batch["expert"])
-    return token_loss(found, batch["expert_mask"].astype(jnp.float32))
+    return token_loss(found, batch["expert_mask"].astype(jnp.float32), batch.get("expert_count"))
 
 
 TERMS = ("task", "prompt")
@@ -64,7 +65,7 @@ def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TER
     writes = method.prompt == "written"
     task, prompt = "task" in terms and method.adapter is not None, "prompt" in terms and writes
     relaxed = config.train.prompt_gradient == "straight_through"
-    rows = jnp.arange(batch["query"].shape[0])
+    rows = batch.get("place", jnp.arange(batch["query"].shape[0]))  # each row's number in the whole batch
     losses, metrics, tokens = {}, {}, 0
 
     query = loras = embedding = None

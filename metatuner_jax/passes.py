@@ -1,7 +1,7 @@
 """The compiled passes that rollouts and evaluation share, run over any number of rows in batches of one shape."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,9 @@ class Answered(NamedTuple):
     likelihood: np.ndarray | None  # float32 [n]: mean log-likelihood of the reference answer, nats per token; None if not asked for
 
 
+STOP_EVERY = 16  # tokens that are written of each row between two looks for texts to stop before
+
+
 class Passes:
     """Writes prompts and LoRA, answers, and scores answers, for rows of a split; numpy in, numpy out.
 
@@ -33,8 +36,10 @@ class Passes:
     function from places in `index` to the LoRA of these rows, or None for the bare actor.
     """
 
-    def __init__(self, setup, frozen, mesh, batch_size: int, progress):
+    def __init__(self, setup, frozen, mesh, batch_size: int, progress, tokens=None):
+        """Takes what the passes work with; `tokens` (`data.Tokens`) are needed where answers stop before certain texts."""
         self.setup, self.frozen, self.mesh, self.batch_size, self.progress = setup, frozen, mesh, batch_size, progress
+        self.stopped_at = tokens.stopped_at if tokens is not None and tokens.stop else None
 
         self.tokens = 0  # real ones, read and written so far, each counted once in each model
         jit = functools.partial(jax.jit, compiler_options=product.compiler_options())
@@ -45,9 +50,11 @@ class Passes:
         self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))
         self._unstack = jax.jit(transformer.unstack)
         self._begin = jit(functools.partial(_begin, setup, self.layers), static_argnums=0)
-        self._vacant = jax.jit(lambda *args: _placed(mesh, *decode.vacant(*args, self._batch_size(1))))
+        self._vacant = jax.jit(lambda new, loras: _placed(mesh, *decode.vacant(new, loras, self._batch_size(1))))
         self._refill = jax.jit(lambda *args: _placed(mesh, *decode.refill(*args)), donate_argnums=(0, 1))
-        self._advance = jit(functools.partial(_advance, setup, mesh), donate_argnums=3)
+        most = None if self.stopped_at is None else STOP_EVERY
+        self._advance = jit(functools.partial(_advance, setup, mesh, most), donate_argnums=3)
+        self._end = jax.jit(lambda state, more: _placed(mesh, state.replace(ended=state.ended | more), None)[0], donate_argnums=0)
         self._weigh = jit(functools.partial(actor.log_likelihood, setup))
 
     def encode(self, params, rows, index) -> np.ndarray:
@@ -159,9 +166,11 @@ class Passes:
             for group in self._alike(texts["query_mask"], self._batch_size(1)):
                 batch = data.trim({name: leaf[group] for name, leaf in texts.items()}, self.setup.config.data.buckets)
                 begin = lambda some, group=group, batch=batch: read(group[some], [leaf[some] for leaf in batch.values()])
-                for ended, tokens, count, first in self._as_they_end(len(group), begin, layers, noise):
+                for ended, tokens, sizes, first in self._as_they_end(len(group), begin, layers, noise):
                     at = group[ended]
-                    found.tokens[at], found.mask[at], found.first[at] = tokens, np.arange(max_tokens) < count[:, None], first
+                    if self.stopped_at is not None:
+                        sizes = np.array([self.stopped_at(row[:n]) or n for row, n in zip(tokens, sizes)], np.int64)
+                    found.tokens[at], found.mask[at], found.first[at] = tokens, np.arange(max_tokens) < sizes[:, None], first
                     advance(len(at))
         return found
 
@@ -173,7 +182,8 @@ class Passes:
         """
         slots, some = self._batch_size(1), self._batch_size(4)
         waiting, holds = np.arange(count), np.full(slots, -1)  # rows to come, and the one in each slot
-        state = loras = None
+        state: Any = None  # decode.Writing, once there are rows in the slots
+        loras = None
         while len(waiting) or (holds >= 0).any():
             free = np.flatnonzero(holds < 0)
             while len(waiting) and len(free) >= min(some, len(waiting)):
@@ -182,14 +192,24 @@ class Passes:
                 places[: len(taken)], free = free[: len(taken)], free[len(taken) :]
                 holds[places[: len(taken)]] = taken
                 taken = taken[np.minimum(np.arange(some), len(taken) - 1)]
-                state, loras = self._fill(state, loras, *begin(taken), places)
+                new, its_loras = begin(taken)
+                state, loras = self._fill(state, loras, new, its_loras, places)
             until = min(some, len(waiting)) or slots
-            if sharding.fetch(state.ended).sum() < until:
-                state = self._advance(self.frozen, layers, loras, state, {"until": until, **noise})
+            state = self._stop(state)
+            while sharding.fetch(state.ended).sum() < until:
+                state = self._stop(self._advance(self.frozen, layers, loras, state, {"until": until, **noise}))
             has_ended, *written = sharding.fetch((state.ended, state.tokens, state.count, state.first))
             ended = np.flatnonzero((holds >= 0) & has_ended)
             yield holds[ended], *(leaf[ended] for leaf in written)
             holds[ended] = -1
+
+    def _stop(self, state):
+        """Returns rows of which those have ended, too, that hold a text to stop before."""
+        if self.stopped_at is None:
+            return state
+        tokens, count, ended = sharding.fetch((state.tokens, state.count, state.ended))
+        holds = [not over and self.stopped_at(row[:n]) is not None for row, n, over in zip(tokens, count, ended)]
+        return self._end(state, np.array(holds)) if any(holds) else state
 
     def _fill(self, state, loras, new, its_loras, places):
         """Returns (state, LoRA) of all slots, with new rows in some of them; no state: with nothing in the others."""
@@ -257,8 +277,8 @@ def _begin(setup, layers, max_tokens, frozen, loras, how, *rows):
     return actor.begin(setup, frozen, loras, *rows, max_tokens, layers=layers, **how)
 
 
-def _advance(setup, mesh, frozen, layers, loras, state, how):
-    return _placed(mesh, actor.advance(setup, frozen, loras, state, layers=layers, **how), None)[0]
+def _advance(setup, mesh, most, frozen, layers, loras, state, how):
+    return _placed(mesh, actor.advance(setup, frozen, loras, state, layers=layers, most=most, **how), None)[0]
 
 
 def _placed(mesh, state, loras):

@@ -17,7 +17,8 @@ class Pairs:
         """Starts empty. `ids`: of the train rows; `length`: columns for an answer, its end token included."""
         self.path, self.length = pathlib.Path(path), length
         self.places = {row_id: i for i, row_id in enumerate(ids)}
-        self.found, self.calls = [], 0
+        self.found: list[dict] = []
+        self.calls = 0
 
     def add(self, lines: list[dict]) -> None:
         """Appends to the file and takes the pairs."""
@@ -76,14 +77,14 @@ def refresh(passes, params, key, rows, experts, pairs: Pairs, tokens, score, ste
             rows, index, prompt, mask, passes.adapter(params, None), what="sampling answers", key=key,
             temperature=config.preference.temperature,
         )  # fmt: skip
-        texts = [tokens.decode(ids, mask) for ids, mask in zip(answered.tokens, answered.mask)]
+        texts = tokens.answers(answered.tokens, answered.mask)
         scores = tasks.score_all(score, texts, [rows.examples[row] for row in index])
     for place, row in enumerate(chosen):
         example = rows.examples[row]
         sampled = []
         for i in range(place * n, (place + 1) * n):
             ids = [int(t) for t in answered.tokens[i][answered.mask[i]]]
-            if ids[-1] != tokens.end_id:  # ran into the length limit
+            if ids[-1] != tokens.end_id:  # ran into the length limit, or into a text to stop before
                 ids = [*ids[:-1], tokens.end_id]
             sampled.append((scores[i].strict, texts[i], ids))
         reference = (1.0, example.answer, [int(t) for t in rows.answer[row][rows.answer_mask[row]]])

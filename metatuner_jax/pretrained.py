@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from metatuner_jax.config import ModelConfig, nearest
 from metatuner_jax.config import short as _short
@@ -85,7 +86,10 @@ def hub_id(spec) -> str | None:
 
 
 def cache_dir() -> pathlib.Path:
-    """Returns the folder of converted models: METATUNER_CACHE, or metatuner_jax in the user's cache folder."""
+    """Returns the folder of converted models and compiled programs: METATUNER_CACHE, or metatuner_jax in the user's cache folder.
+
+    Where METATUNER_CACHE is set, what the hub's clients fetch goes there too, if they are not told otherwise (see `metatuner_jax`).
+    """
     if os.environ.get("METATUNER_CACHE"):
         return pathlib.Path(os.environ["METATUNER_CACHE"]).expanduser()
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metatuner_jax"
@@ -370,7 +374,7 @@ def layout(config: ModelConfig) -> list[Leaf]:
     return leaves
 
 
-def load(spec, dtype="float32", put: Callable[[str, np.ndarray], Any] | None = None) -> tuple[ModelConfig, dict]:
+def load(spec: str | os.PathLike, dtype: DTypeLike = "float32", put: Callable[[str, np.ndarray], Any] | None = None) -> tuple[ModelConfig, dict]:
     """Returns the shape of a model and its parameters, as nested dicts named as those of `transformer.init`.
 
     Tensors are read one by one into the stacked array that they belong to: the host holds at most the model and one

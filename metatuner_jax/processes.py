@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+from typing import Any
 
 BEAT_S, SILENT_S = 2.0, 20.0  # between signs of life, and without any before a process counts as gone
 WAIT_S = 300  # for all processes to be there
@@ -109,8 +110,8 @@ class _Link:
 
     def __init__(self, group, peer: int, link: socket.socket):
         self.group, self.peer, self.link = group, peer, link
-        self.values, self.heard, self.left, self.lock = queue.SimpleQueue(), time.monotonic(), False, threading.Lock()
-        self.gone = threading.Event()
+        self.values: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.heard, self.left, self.lock, self.gone = time.monotonic(), False, threading.Lock(), threading.Event()
         # One that takes nothing any more keeps no sender for longer.
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENT_S), 0))
 
@@ -181,6 +182,7 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     if coordinator:  # first without jax, which says nothing for minutes where a process is missing, and then aborts
+        assert count is not None and index is not None  # the three go together
         host, _, port = coordinator.rpartition(":")
         group = _meet(host.strip("[]"), int(port), count, index)
     try:
@@ -231,7 +233,9 @@ def _meet_found() -> Group:
         return Group()
     server = _serve(0, count) if index == 0 else None
     port = int(multihost_utils.broadcast_one_to_all(np.int32(server.getsockname()[1] if server else 0), is_source=index == 0))
-    host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
+    address = distributed.global_state.coordinator_address
+    assert address is not None  # jax has found it
+    host = address.rpartition(":")[0].strip("[]")
     return Group(index, count, _accept(server, count, f"{host}:{port}") if server else {0: _call(host, port, count, index)})
 
 

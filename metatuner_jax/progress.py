@@ -5,6 +5,7 @@ import datetime
 import pathlib
 import shutil
 import sys
+import threading
 import time
 
 import tqdm
@@ -19,7 +20,7 @@ class Progress:
     def __init__(self, stream=None, every_s: float = 20.0, stop: Stop | None = None, log=None):
         """Takes the file of the log, if there is to be one, which lines are added to."""
         self.stream, self.stop, self.log = stream or sys.stdout, stop or Stop(), log and pathlib.Path(log)
-        self.doing = None
+        self.doing: str | None = None
         self.terminal = self.stream.isatty()
         self.every_s = every_s  # between plain lines about the same work
 
@@ -47,18 +48,29 @@ class Progress:
             self.note(f"now: {what}")
 
     @contextlib.contextmanager
+    def wait(self, what: str):
+        """Says now and then for how long something has been waited for, in a line of its own."""
+        start = time.monotonic()
+        with _every(self.every_s, lambda: self.line(f"  {what}, {_duration(time.monotonic() - start)} so far")):
+            yield
+
+    @contextlib.contextmanager
     def task(self, what: str, total: int, first: int = 0):
-        """Yields advance(count, text=""), to be called as the work goes on; it raises Stopped where the process was asked to stop."""
+        """Yields advance(count, text=""), to be called as the work goes on; it raises Stopped where the process was asked to stop.
+
+        While the first of it takes long, which is when there is something to compile, that is said too.
+        """
         if self.terminal and processes.group.index == 0:
             width = shutil.get_terminal_size().columns - 1  # a terminal that does not tell its width would get no bar
             with tqdm.tqdm(total=total, initial=first, desc=what, file=self.stream, leave=False, ncols=width, mininterval=0) as bar:
 
-                def advance(count, text=""):
+                def move(count, text=""):
                     bar.set_postfix_str(text, refresh=False)
                     bar.update(count)
                     self.stop.check()
 
-                yield advance
+                with _every(1.0, bar.refresh):  # the clock goes on where the work does not
+                    yield move
             return
         done, start, said = first, time.monotonic(), time.monotonic()
 
@@ -71,7 +83,30 @@ class Progress:
                 said = now
             self.stop.check()
 
-        yield advance
+        def wait():
+            if done == first:
+                self.line(f"  {what} {done}/{total}, {_duration(time.monotonic() - start)} so far: the first waits for the compiler")
+
+        with _every(self.every_s, wait):
+            yield advance
+
+
+@contextlib.contextmanager
+def _every(seconds: float, do):
+    """Calls do() in a thread of its own each so many seconds, while this is entered."""
+    over = threading.Event()
+
+    def run():
+        while not over.wait(max(seconds, 0.05)):
+            do()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _duration(seconds: float) -> str:

@@ -133,7 +133,7 @@ def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, kno
       known: attempts whose answers still stand (see `Experts.known`); these are not made again.
     """
     keys = [(rows.examples[place].id, words) for place, words in zip(index, prompts)]
-    first = {}  # key -> its first place
+    first: dict[tuple, int] = {}  # key -> its first place
     for i, key in enumerate(keys):
         first.setdefault(key, i)
     new = np.array([i for key, i in first.items() if key not in known], np.int64)
@@ -143,10 +143,10 @@ def attempt(passes, rows, index, prompts, adapter, tokens, score, step: int, kno
         answered = passes.answer(
             rows, index[new], tried, mask, adapter and (lambda at: adapter(new[at])), what="rollouts: answering", weigh=True
         )
-        texts = [tokens.decode(ids, mask) for ids, mask in zip(answered.tokens, answered.mask)]
+        texts = tokens.answers(answered.tokens, answered.mask)
         scores = tasks.score_all(score, texts, [rows.examples[index[i]] for i in new])
         answers = dict(zip(new, zip(texts, scores, answered.likelihood)))
-    attempts = []
+    attempts: list[dict] = []
     for i, (key, words) in enumerate(zip(keys, prompts)):
         example = rows.examples[index[i]]
         if i in answers:
@@ -204,10 +204,10 @@ def refresh(passes, params, key, rows, experts: Experts, tokens, score, step: in
         changed += winner != 0
     experts.add(attempts)
     winners = [attempt for attempt in attempts if attempt["best"]]
-    for winner in winners:
-        ids, mask = experts.tokens_of(experts.places[winner["id"]])
-        if list(ids[mask]) != winner["tokens"]:
-            raise RuntimeError(f"the expert set does not hold the winning prompt of query {winner['id']!r}: it is not in use")
+    for won in winners:
+        ids, mask = experts.tokens_of(experts.places[won["id"]])
+        if list(ids[mask]) != won["tokens"]:
+            raise RuntimeError(f"the expert set does not hold the winning prompt of query {won['id']!r}: it is not in use")
     mean = float(np.mean([attempt["score"] for attempt in winners]))
     calls = sum(not attempt.get("known") for attempt in attempts)
     start, start_mask = (np.repeat(leaf[chosen], n, axis=0) for leaf in (rows.initial, rows.initial_mask))

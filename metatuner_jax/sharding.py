@@ -14,7 +14,7 @@ ROWS = ("data", "fsdp")  # the mesh axes that split a batch
 
 # First match wins. A path is the keys from the root, joined by slashes; a spec names the mesh axis of each array axis. An axis that
 # the mesh does not divide evenly is left whole.
-RULES = (
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"hyper/.*(layer_embedding|projection_embedding|trunk_in|trunk_mid|shift|gain)$", ()),
     (r"embedding$|head/kernel$", ("tensor", "fsdp")),
     (r"(^|/)(q|k|v|gate|up)/kernel$", (None, "fsdp", "tensor")),

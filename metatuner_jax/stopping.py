@@ -15,7 +15,8 @@ class Stopped(BaseException):
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
-        self.number, self.kept = number, None  # the signal, and where what was done is kept, if anywhere
+        self.number = number  # of the signal
+        self.kept: str | None = None  # where what was done is kept, if anywhere
 
 
 class Stop:

@@ -70,6 +70,7 @@ def phases(setup) -> list[Phase]:
     config, method = setup.config, setup.method
     joint = functools.partial(losses.joint_loss, setup)
     only = lambda term: functools.partial(joint, terms=(term,))
+    turns: tuple[tuple[Any, tuple[str, ...]], ...]
     if method.preference:
         turns = ((functools.partial(losses.preference_loss, setup), method.parts),)
     elif method.alternating:
@@ -109,15 +110,12 @@ def make_optimizer(config: config_lib.TrainConfig) -> optax.GradientTransformati
 
 def rate_at(config: config_lib.TrainConfig, phase: Phase, step):
     """Returns the learning rate after `step` steps of a phase: a linear rise, then what the config names."""
-    peak, final = phase.learning_rate, 0.1 if config.decay == "cosine" else 1.0
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=peak / (config.warmup_steps + 1),
-        peak_value=peak,
-        warmup_steps=config.warmup_steps,
-        decay_steps=max(phase.steps, config.warmup_steps + 1),
-        end_value=final * peak,
-    )
-    return schedule(step)
+    peak, rise, steps = phase.learning_rate, config.warmup_steps, max(phase.steps, config.warmup_steps + 1)
+    first, last = peak / (rise + 1), peak * (1.0 if config.decay == "constant" else config.final_rate)
+    if config.decay == "linear":
+        fall = optax.linear_schedule(peak, last, steps - rise)
+        return optax.join_schedules([optax.linear_schedule(first, peak, rise), fall], [rise])(step)
+    return optax.warmup_cosine_decay_schedule(first, peak, rise, steps, last)(step)
 
 
 def relative_rates(config: config_lib.TrainConfig, phase: Phase, part: str, tree):
@@ -153,7 +151,7 @@ def rest(state: TrainState, planned: list[Phase], step: int) -> TrainState:
     After the last step those of its phase are there yet, as the run may be given more steps.
     """
     coming = {part for phase in planned if step < phase.first + phase.steps or phase is planned[-1] for part in phase.parts}
-    return state.replace(opt_state={part: tree if part in coming else {} for part, tree in state.opt_state.items()})
+    return dataclasses.replace(state, opt_state={part: tree if part in coming else {} for part, tree in state.opt_state.items()})
 
 
 # --- the step ---
@@ -192,10 +190,11 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
         key, done, copy = begin(config, phase, state, key)
         learning = {part: state.params[part] for part in parts}
 
-        def loss_of(learning):
-            return loss_fn({**state.params, **learning}, copy, frozen, batch, key, done)
+        def gradient(batch):
+            loss_of = lambda learning: loss_fn({**state.params, **learning}, copy, frozen, batch, key, done)
+            return jax.value_and_grad(loss_of, has_aux=True)(learning)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(learning)
+        (loss, metrics), grads = in_parts(gradient, batch, config.accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
@@ -213,6 +212,25 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
         return state, {**metrics, "loss": loss, "grad_norm": norm, "bad_steps": bad_steps}
 
     return train_step
+
+
+def in_parts(gradient, batch: dict, count: int):
+    """Returns what gradient(batch) does, ((loss, metrics), gradients), of rows that are worked on in `count` parts, one after the other.
+
+    The loss is that of all rows together, one mean over their tokens, not a mean of the parts' means: each part is told how many tokens
+    the parts have on average. Row i's part is i % count, so that what stands on a device stays there.
+    """
+    if count == 1:
+        return gradient(batch)
+    rows = batch["query"].shape[0]
+    batch = {**batch, "place": jnp.arange(rows)}
+    parts = {name: leaf.reshape(rows // count, count, *leaf.shape[1:]).swapaxes(0, 1) for name, leaf in batch.items()}
+    counts = {f"{name}_count": jnp.sum(batch[f"{name}_mask"]) / count for name in ("answer", "expert") if f"{name}_mask" in batch}
+    one = lambda part: gradient({**part, **counts})
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, {name: leaf[0] for name, leaf in parts.items()}))
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zero, parts)
+    (loss, metrics), grads = jax.tree.map(lambda leaf: leaf / count, total)
+    return (loss, {**metrics, **{name: total[0][1][name] for name in ("tokens", "expert_tokens") if name in metrics}}), grads
 
 
 def begin(config: config_lib.TrainConfig, phase: Phase, state: TrainState, key):
@@ -256,7 +274,7 @@ def warmed_up(setup, frozen: generator.Frozen, params: dict) -> generator.Frozen
     """Returns the frozen weights after the actor's warm-up: its LoRA merged into them, or its own weights in their place."""
     if setup.config.warmup.actor_train == "full":
         actor = jax.tree.map(lambda leaf: jnp.array(leaf, setup.dtype, copy=True), params["actor"])
-        return frozen.replace(actor=actor)
+        return dataclasses.replace(frozen, actor=actor)
     loras, layers = generator.static(params["actor"], setup.config.warmup.scale), frozen.actor["layers"]
     stacks = layers if isinstance(layers, tuple) else (layers,)
     merged, first = [], 0
@@ -264,7 +282,7 @@ def warmed_up(setup, frozen: generator.Frozen, params: dict) -> generator.Frozen
         size = jax.tree.leaves(stack)[0].shape[0]
         merged.append(jax.jit(lora.merge)(stack, transformer.cut(loras, first, first + size)))
         first += size
-    return frozen.replace(actor={**frozen.actor, "layers": tuple(merged) if isinstance(layers, tuple) else merged[0]})
+    return dataclasses.replace(frozen, actor={**frozen.actor, "layers": tuple(merged) if isinstance(layers, tuple) else merged[0]})
 
 
 # --- the loop ---
@@ -278,7 +296,7 @@ class Trainer:
     `fit` is the loop; what it needs between two steps (rollouts, pairs, validation) are functions of other modules.
     """
 
-    def __init__(self, passes, keys, rows, experts, pairs, tokens, score, checkpoints, log):
+    def __init__(self, passes, keys, rows, experts, pairs, tokens, score, checkpoints, log, profile=None):
         """Takes the run's parts.
 
         Args:
@@ -287,9 +305,10 @@ class Trainer:
           rows: {"train", "validation"}: `data.Rows`.
           pairs: `preference.Pairs`, used by dpo alone.
           log: log(metrics), for each step.
+          profile: the folder for what jax's profiler records, where it is asked to.
         """
         self.passes, self.setup, self.keys, self.rows, self.experts, self.pairs = passes, passes.setup, keys, rows, experts, pairs
-        self.tokens, self.score, self.checkpoints, self.log = tokens, score, checkpoints, log
+        self.tokens, self.score, self.checkpoints, self.log, self.profile = tokens, score, checkpoints, log, profile
         self.config, self.phases = self.setup.config, phases(self.setup)
         self.total = sum(phase.steps for phase in self.phases)
         self.warm = False  # whether the warmed-up actor is in place
@@ -307,7 +326,8 @@ class Trainer:
         """
         self.state, self.saved = state, int(state.step)
         try:
-            return self._fit(state)
+            with contextlib.ExitStack() as recording:
+                return self._fit(state, recording)
         except stopping.Stopped:
             step = int(self.state.step)
             self.write_log()
@@ -317,7 +337,7 @@ class Trainer:
         finally:
             self.state = None
 
-    def _fit(self, state: TrainState) -> TrainState:
+    def _fit(self, state: TrainState, recording: contextlib.ExitStack) -> TrainState:
         progress, first = self.passes.progress, int(state.step)
         with progress.task("training", self.total, first) as advance:
             for step in range(first, self.total):
@@ -331,11 +351,21 @@ class Trainer:
                 extra = {"phase": phase.name}
                 if phase.rollouts and (step - phase.first) % self.config.rollout.every == 0:
                     extra |= self.refresh(state, step)
+                self.record(step - first, recording)
                 with progress.stop.held():
                     state = self.do_step(state, step, phase, extra, advance)
                 progress.stop.check()
         self.enter(self.total, state)
         return state
+
+    def record(self, done: int, recording: contextlib.ExitStack) -> None:
+        """Has jax's profiler record the steps that are to be, after so many of this process: the first two wait for the compiler."""
+        count, wait = self.config.train.profile_steps, 2
+        if count and done == wait:
+            self.passes.progress.line(f"  recording {count} steps for {self.profile}")
+            recording.enter_context(jax.profiler.trace(self.profile))
+        if done == wait + count:
+            recording.close()
 
     def do_step(self, state: TrainState, step: int, phase: Phase, extra: dict, advance) -> TrainState:
         """Does a step, its line in the log and, where they are due, validation and a checkpoint. Returns the state.
@@ -354,7 +384,8 @@ class Trainer:
         batch = sharding.place_rows(batch, self.passes.mesh)
         if phase.name == "joint" and self.diagnoses(step - phase.first):
             self.share = self.share or make_gradient_share(self.setup, phase)
-            extra["task_gradient_share"] = float(self.share(state, self.passes.frozen, batch, self.keys["step"]))
+            some = {name: leaf[:: config.train.accumulate] for name, leaf in batch.items()}
+            extra["task_gradient_share"] = float(self.share(state, self.passes.frozen, some, self.keys["step"]))
             start = time.perf_counter()
         with uncollected():
             state, metrics = self.compiled[phase.name, turn](state, self.passes.frozen, batch, self.keys["step"])
@@ -407,12 +438,14 @@ class Trainer:
         """Returns the state with which the joint phase begins: its hypernetwork reads states of mean 0 and variance 1."""
         if self.setup.method.adapter != "generated" or not self.config.hyper.standardize:
             return state
+        if np.any(sharding.fetch(state.params["hyper"]["shift"])):  # as the run had it that this one started from
+            return state
         rows = self.rows["train"]
         h = self.passes.encode(state.params, rows, np.arange(min(self.config.eval.num_mean, len(rows))))
         share = np.sum(np.var(h, axis=0)) / np.mean(np.sum(np.square(h), axis=1))
         self.passes.progress.line(f"  states of {len(h)} queries: {100 * share:.2g}% of their square differs between queries, standardised")
         hyper = sharding.place({"hyper": generator.standardise(state.params["hyper"], jnp.asarray(h))}, self.passes.mesh)
-        return state.replace(params={**state.params, **hyper})
+        return dataclasses.replace(state, params={**state.params, **hyper})
 
     def diagnoses(self, done: int) -> bool:
         """Returns whether a step of the joint phase measures the terms' gradients: not the first, when the delta is 0 and so is the task's."""
@@ -461,14 +494,15 @@ class Trainer:
         tokens = self.passes.tokens
         start, phase = time.perf_counter(), phase_at(self.phases, step) if self.phases else None
         key = jax.random.fold_in(self.keys["rollout"], step)
-        done, rows = step - phase.first if phase else 0, self.rows["train"]
+        done, num_steps = (step - phase.first, phase.steps) if phase else (0, 0)
+        rows = self.rows["train"]
         common = (self.passes, state.params, key, rows, self.experts)
         if self.setup.method.preference:
-            found = preference.refresh(*common, self.pairs, self.tokens, self.score, step, done, phase.steps)
+            found = preference.refresh(*common, self.pairs, self.tokens, self.score, step, done, num_steps)
         elif self.setup.method.prompt == "searched":
             found = search.search(*common, self.tokens, self.score, step, done, self.experts.for_all(best))
         else:
-            found = rollout.refresh(*common, self.tokens, self.score, step, done, phase.steps)
+            found = rollout.refresh(*common, self.tokens, self.score, step, done, num_steps)
         self.searched = found.pop("prompt", None)
         found["rollout_tokens"] = self.passes.tokens - tokens
         found["rollout_s"] = round(time.perf_counter() - start, 3)

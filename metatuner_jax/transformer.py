@@ -7,7 +7,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from metatuner_jax import lora as lora_lib
 from metatuner_jax import product, sharding
@@ -207,7 +208,8 @@ def causal(mask: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
 
 def make_context(config: ModelConfig, positions, attend, start=None) -> Context:
     """Returns what the layers of one pass share. `positions`: int [b, t]; `attend`: bool [b, t, s]."""
-    return Context(*rotary(config, positions), attend, start)
+    cos, sin = rotary(config, positions)
+    return Context(cos, sin, attend, start)
 
 
 def embed(embedding: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
@@ -340,13 +342,16 @@ def log_likelihoods(config: ModelConfig, params: dict, x: Float[Array, "b t d"],
     return in_chunks(lambda x, targets: _likelihoods_of(sharding.split_rows(x), head, targets), x, targets)
 
 
-def forward(config: ModelConfig, params: dict, tokens, mask=None, loras=None, remat: str = "none") -> Float[Array, "b t v"]:
+def forward(
+    config: ModelConfig, params: dict, tokens: Int[Array | np.ndarray, "b t"], mask: Shaped[Array | np.ndarray, "b t"] | None = None,
+    loras: dict[str, lora_lib.Lora] | tuple[dict[str, lora_lib.Lora], ...] | None = None, remat: str = "none",
+) -> Float[Array, "b t v"]:
     """Returns the scores of each next token, float32 [b, t, v]; what stands on padding is finite and means nothing.
 
     Args:
       tokens: int [b, t], numpy or jax.
       mask: bool or 0/1 [b, t], True on real tokens, holes anywhere; positions count real tokens. None: all real.
-      loras: None, or for each adapted projection a Lora: leaves [l, b, ...], one a row, or [l, ...], one for all.
+      loras: None, or for each adapted projection a Lora: leaves [l, b, ...], one a row, or [l, ...], one for all; or a tuple of these, one a stack.
     """
     tokens = jnp.asarray(tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)

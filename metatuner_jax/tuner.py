@@ -1,19 +1,23 @@
 """What a run has trained, to answer with: for any query the prompt, the LoRA and the answer."""
 
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from metatuner_jax import checkpoint, data, evaluate, files, generator, lora, networks, passes, sharding, tasks, train
+from metatuner_jax import checkpoint, data, evaluate, files, generator, lora, memory, networks, passes, sharding, tasks, train
 from metatuner_jax import config as config_lib
 from metatuner_jax import job as job_lib
 from metatuner_jax import workdir as workdir_lib
+from metatuner_jax.generator import Frozen, Setup
 from metatuner_jax.lora import Lora
 from metatuner_jax.progress import Progress
 
@@ -48,26 +52,27 @@ class Tuner:
     ['q', 'v']
     """
 
-    def __init__(self, setup, tokens, step, params, frozen, mesh, initial_prompts, searched=None, mean=None, progress=None):
+    def __init__(
+        self, setup: Setup, tokens: data.Tokens, step: int | None, params: dict, frozen: Callable[[], Frozen], mesh: Mesh,
+        initial_prompts: Mapping[str, str], searched: Sequence[int] | None, mean: dict[str, Lora] | str, progress: Progress | None = None,
+    ):
         """Takes the parts of a run; `load` and `train` put them together.
 
         Args:
-          setup: `generator.Setup`.
-          tokens: `data.Tokens`.
           step: of the checkpoint, None where nothing was to be learnt.
           params: the tree that was learnt.
-          frozen: returns `generator.Frozen` as the checkpoints have it; called when the models are needed.
+          frozen: returns the weights that do not learn, as the checkpoints have them; called when the models are needed.
           initial_prompts: by the names of a mixture's parts, or by ''.
           searched: ids of the prompt for all queries, of a method that searches it.
-          mean: the mean adapter, of a method that writes an adapter a query; a text that says why there is none.
+          mean: the mean adapter, of a method that writes an adapter a query; or a text that says why there is none.
         """
         self.setup, self.tokens, self.step, self.params, self.mesh, self._load_frozen = setup, tokens, step, params, mesh, frozen
         self.initial_prompts, self.searched, self._mean = initial_prompts, searched, mean
         self.progress = progress or Progress(stream=sys.stderr)
-        self._passes = {}
+        self._passes: dict[int, passes.Passes] = {}
 
     @classmethod
-    def load(cls, workdir, step: int | None = None, settings: Mapping[str, Any] | None = None, progress: Progress | None = None) -> "Tuner":
+    def load(cls, workdir: str | os.PathLike, step: int | None = None, settings: Mapping[str, Any] | None = None, progress: Progress | None = None) -> "Tuner":
         """Returns what the run in a folder has trained. Its rows are not needed.
 
         Args:
@@ -89,14 +94,14 @@ class Tuner:
             raise ValueError(f"--workdir={workdir} has no checkpoint yet: let the run go on for longer")
         if setup.method.prompt == "searched" and "searched_prompt" not in (results or {}):
             raise ValueError(f"--workdir={workdir} has not found its prompt yet: run the same command again, until it has ended")
-        params = _load_params(setup, workdir, step, mesh) if setup.method.learns else {}
+        params = _load_params(setup, workdir, step, mesh) if setup.method.learns and step is not None else {}
         frozen, mean = functools.partial(networks.load_frozen, setup, tokens, mesh), _mean_of(workdir, step)
         prompts = saved.get("initial_prompts") or _read_initial_prompts(setup.config)
         return cls(setup, tokens, step, params, frozen, mesh, prompts, (results or {}).get("searched_prompt"), mean, progress)
 
     @classmethod
     def train(
-        cls, config: config_lib.Config, workdir, train: Sequence[dict], validation: Sequence[dict] | None = None,
+        cls, config: config_lib.Config, workdir: str | os.PathLike, train: Sequence[dict], validation: Sequence[dict] | None = None,
         test: Sequence[dict] | None = None, progress: Progress | None = None,
     ) -> "Tuner":
         """Trains on rows in memory, evaluates, and returns what was trained. The same call goes on where it was broken off.
@@ -131,8 +136,8 @@ class Tuner:
         return cls.load(workdir)
 
     @functools.cached_property
-    def frozen(self):
-        """The weights that do not learn in the joint phase, `generator.Frozen`, the actor warmed up where it was."""
+    def frozen(self) -> Frozen:
+        """The weights that do not learn in the joint phase, the actor warmed up where it was."""
         frozen = self._load_frozen()
         return frozen if self.warmed_up is None else train.warmed_up(self.setup, frozen, self.params)
 
@@ -154,14 +159,19 @@ class Tuner:
 
         Raises:
           ValueError: a query or prompt is empty or too long, or the run has no such adapter or part.
+          memory.OutOfMemory: the answers need more than there is; says which settings need less.
         """
         config_lib.one_of("adapter", adapter, ADAPTERS)
         config_lib.one_of("prompt", prompt, PROMPTS)
         if adapter == "mean":
             self.mean_lora()
         rows = self._rows(queries, part)
-        if not len(rows):
+        if rows is None:
             return []
+        with self._watched():
+            return self._answer(rows, adapter, prompt, prompts)
+
+    def _answer(self, rows: data.Rows, adapter: str, prompt: str, prompts: Sequence[str | None]) -> list[Answer]:
         runner, index = self._passes_for(len(rows)), np.arange(len(rows))
         if prompt == "own":
             h, tokens, mask = runner.prompts(self.params, rows, index, self.searched)
@@ -203,9 +213,10 @@ class Tuner:
     def prompts(self, queries: Sequence[str], part: str | None = None) -> list[str]:
         """Returns the prompts of several queries, as `prompt` returns one."""
         rows = self._rows(queries, part)
-        if not len(rows):
+        if rows is None:
             return []
-        _, tokens, mask = self._passes_for(len(rows)).prompts(self.params, rows, np.arange(len(rows)), self.searched)
+        with self._watched():
+            _, tokens, mask = self._passes_for(len(rows)).prompts(self.params, rows, np.arange(len(rows)), self.searched)
         return [self.tokens.decode(*written) for written in zip(tokens, mask)]
 
     def lora(self, query: str, part: str | None = None) -> dict[str, Lora]:
@@ -219,10 +230,12 @@ class Tuner:
             raise ValueError(f"method={self.setup.config.method} has no adapter: it adapts the prompt alone")
         if method.adapter == "static":
             return jax.tree.map(np.asarray, generator.static(self.params["hyper"], self.setup.config.hyper.scale))
-        rows, runner = self._rows([query], part), self._passes_for(1)
-        h = runner.encode(self.params, rows, np.arange(1))
-        at = np.zeros(sharding.row_parts(self.mesh), np.int32)  # a row for each part of the mesh
-        return lora.row(sharding.fetch(runner.adapt(self.params["hyper"], h[at])), 0)
+        with self._watched():
+            rows = self._rows([query], part)
+            runner = self._passes_for(1)
+            h = runner.encode(self.params, rows, np.arange(1))
+            at = np.zeros(sharding.row_parts(self.mesh), np.int32)  # a row for each part of the mesh
+            return lora.row(sharding.fetch(runner.adapt(self.params["hyper"], h[at])), 0)
 
     def mean_lora(self) -> dict[str, Lora]:
         """Returns the mean adapter, as `lora` returns one: of a method with one LoRA for all queries, that one.
@@ -236,7 +249,10 @@ class Tuner:
             raise ValueError(self._mean)
         return self._mean
 
-    def _adapter(self, runner, name, h):
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        return memory.watched(self.setup.config, lambda: "answers")
+
+    def _adapter(self, runner: passes.Passes, name: str, h: np.ndarray | None) -> Callable[[np.ndarray], dict[str, Lora]] | None:
         """Returns what `Passes.answer` takes as adapter."""
         if name == "none" or self.setup.method.adapter is None:
             return None
@@ -245,20 +261,21 @@ class Tuner:
             return lambda at: lora.repeat(mean, len(at))
         return runner.adapter(self.params, h)
 
-    def _rows(self, queries, part):
-        """Returns queries as rows."""
+    def _rows(self, queries: Sequence[str], part: str | None) -> data.Rows | None:
+        """Returns queries as rows, None where there are none."""
         queries = [queries] if isinstance(queries, str) else list(queries)
+        if not queries:
+            return None
         wrong = next((query for query in queries if not isinstance(query, str)), None)
         if wrong is not None:
             raise ValueError(f"query {config_lib.short(wrong)} is no text")
         config, model = self.setup.config, (self.setup.generator, self.setup.actor)
-        rows = data.query_rows(self.tokens, config, self._initial_prompt(part), queries) if queries else ()
-        if queries:
-            longest = data.Lengths(*(int(getattr(rows, name).sum(axis=1).max()) for name in ("generator_mask", "query_mask", "answer_mask")))
-            job_lib.check_lengths(config, *model, longest, len(self.tokens.template.prefix))
+        rows = data.query_rows(self.tokens, config, self._initial_prompt(part), queries)
+        longest = data.Lengths(*(int(getattr(rows, name).sum(axis=1).max()) for name in ("generator_mask", "query_mask", "answer_mask")))
+        job_lib.check_lengths(config, *model, longest, len(self.tokens.template.prefix))
         return rows
 
-    def _given(self, prompt):
+    def _given(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (tokens, mask) of a prompt that somebody wrote."""
         limit, ids = self.setup.config.generator.max_prompt_tokens, self.tokens.prompt_ids(prompt)
         if len(ids) > limit:
@@ -266,24 +283,24 @@ class Tuner:
         tokens, mask = data.pad([ids], limit, "right")
         return tokens[0], mask[0]
 
-    def _initial_prompt(self, part):
+    def _initial_prompt(self, part: str | None) -> str:
         if part is None and len(self.initial_prompts) == 1:
             return next(iter(self.initial_prompts.values()))
-        if part not in self.initial_prompts:
+        if part is None or part not in self.initial_prompts:
             raise ValueError(f"part={part!r} is not one of the parts of this run's task: {', '.join(map(repr, self.initial_prompts))}")
         return self.initial_prompts[part]
 
-    def _passes_for(self, count):
+    def _passes_for(self, count: int) -> passes.Passes:
         """Returns the passes whose batches are the least that hold so many queries."""
         size, largest = 1, self.setup.config.eval.batch_size
         while size < min(count, largest):
             size = min(size * SIZES, largest)
         if size not in self._passes:
-            self._passes[size] = passes.Passes(self.setup, self.frozen, self.mesh, size, self.progress)
+            self._passes[size] = passes.Passes(self.setup, self.frozen, self.mesh, size, self.progress, self.tokens)
         return self._passes[size]
 
 
-def _changed(config, settings):
+def _changed(config: config_lib.Config, settings: Mapping[str, Any]) -> config_lib.Config:
     """Returns a run's config with other settings for answering."""
     for name in settings:
         if name not in config_lib.MAY_DIFFER:
@@ -296,7 +313,7 @@ def _changed(config, settings):
     return config
 
 
-def _mesh(config, asked):
+def _mesh(config: config_lib.MeshConfig, asked: bool) -> Mesh:
     """Returns the mesh of the run where the devices here make it up, else all devices along data; what was asked for must be so."""
     try:
         return sharding.make_mesh(config)
@@ -306,13 +323,13 @@ def _mesh(config, asked):
         return sharding.make_mesh(config_lib.MeshConfig())
 
 
-def _load_params(setup, workdir, step, mesh):
+def _load_params(setup: Setup, workdir: pathlib.Path, step: int, mesh: Mesh) -> dict:
     """Returns the tree that was learnt at a step, on the mesh."""
     state, _ = networks.shapes(setup)
     return checkpoint.load_params(workdir / "checkpoints", step, sharding.shapes_at(state.params, mesh))
 
 
-def _mean_of(workdir, step):
+def _mean_of(workdir: pathlib.Path, step: int | None) -> dict[str, Lora] | str:
     """Returns the mean adapter of a checkpoint, or a text that says why there is none."""
     path = workdir / "mean_adapter.safetensors"
     if not path.exists():
@@ -323,7 +340,7 @@ def _mean_of(workdir, step):
     return mean
 
 
-def _read_initial_prompts(config):
+def _read_initial_prompts(config: config_lib.Config) -> dict[str, str]:
     """Returns the initial prompts of a task by its rows, for a run whose config.json does not have them yet."""
     task = tasks.load(config.task, config.seed)
     return tasks.initial_prompts(task.train + task.validation + task.test, config.task.initial_prompt or task.initial_prompt)

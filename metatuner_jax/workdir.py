@@ -129,13 +129,14 @@ def write_config(job, workdir, progress):
     import jax
 
     path, config = workdir / "config.json", config_lib.plain(job.given)
-    content, history = files.read_json(path), []
+    content, history, started = files.read_json(path), [], {}
     if content is not None:
+        started = {name: content[name] for name in ("started_from",) if name in content}
         changed = differences(with_newer_settings(content["config"]), config)
         if not changed:
             return
         progress.line("note: going on with other settings: " + ", ".join(f"{key}={new} (was {old})" for key, old, new in changed))
-        if job.given.train.decay == "cosine" and any(key == "train.num_steps" for key, _, _ in changed):
+        if job.given.train.decay != "constant" and any(key == "train.num_steps" for key, _, _ in changed):
             progress.line(f"note: the learning rate falls as over {job.given.train.num_steps} steps from here on")
         history = [*content.get("changes", []), {key: [old, new] for key, old, new in changed}]
         results = files.read_json(workdir / "results.json")
@@ -152,7 +153,9 @@ def write_config(job, workdir, progress):
     examples = [example for part in job.rows.values() for example in part.examples]
     initial_prompts = tasks.initial_prompts(examples, job.given.task.initial_prompt or job.task.initial_prompt)
     content = {
-        "config": config, "resolved": config_lib.plain(job.setup.config), "versions": versions(), "devices": devices, "data": job.sums, "initial_prompts": initial_prompts,
+        "config": config, "resolved": config_lib.plain(job.setup.config), "versions": versions(), "devices": devices, "data": job.sums,
+        "initial_prompts": initial_prompts,
+        **({"started_from": {"workdir": str(job.start.folder), "step": job.start.step}} if job.start is not None else started),
         **({"changes": history} if history else {}),
     }  # fmt: skip
     files.write_json(path, content)
@@ -166,7 +169,7 @@ def versions() -> dict:
     import metatuner_jax
 
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "numpy", "reasoning-gym")
-    found = {"python": platform.python_version(), "metatuner_jax": metatuner_jax.__version__}
+    found: dict[str, str | None] = {"python": platform.python_version(), "metatuner_jax": metatuner_jax.__version__}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import types
 import zlib
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from conftest import END, make_batch, make_setup
 
 from metatuner_jax import actor, data, decode, evaluate, generator, lora, rollout, sharding, tasks
+from metatuner_jax import passes as passes_lib
 from metatuner_jax.config import MeshConfig
 from metatuner_jax.passes import Passes
 from metatuner_jax.progress import Progress
@@ -27,6 +29,9 @@ class Numbers:
 
     def decode(self, ids, mask=None):
         return " ".join(str(i) for i in np.asarray(ids)[np.asarray(mask) if mask is not None else slice(None)] if i != END)
+
+    def answers(self, ids, masks):
+        return list(map(self.decode, ids, masks))
 
 
 def score(text, example):
@@ -53,6 +58,22 @@ def tuned(networks):
     frozen, params = networks(setup)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     return setup, frozen, params, Passes(setup, frozen, mesh, 4, Progress(io.StringIO())), make_rows(7)
+
+
+def test_an_answer_ends_at_the_first_text_to_stop_before(tuned, monkeypatch):
+    setup, frozen, _, _, rows = tuned
+    monkeypatch.setattr(passes_lib, "STOP_EVERY", 1)
+    index, mesh = np.arange(len(rows)), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    given = (rows, index, rows.initial, rows.initial_mask)
+    plain = Passes(setup, frozen, mesh, 4, Progress(io.StringIO())).answer(*given)
+    stops = set(plain.tokens[:, 1][plain.mask[:, 2]].tolist())  # in the middle of some answers
+    stopped_at = lambda ids: next((place + 1 for place, token in enumerate(ids) if token in stops), None)
+    tokens, looked = types.SimpleNamespace(stop=("any",), stopped_at=lambda ids: (looked.append(len(ids)), stopped_at(ids))[1]), []
+    found = Passes(setup, frozen, mesh, 4, Progress(io.StringIO()), tokens).answer(*given)
+    lengths = [stopped_at(row[mask]) or mask.sum() for row, mask in zip(plain.tokens, plain.mask)]
+    assert found.mask.sum(axis=1).tolist() == lengths != plain.mask.sum(axis=1).tolist()
+    np.testing.assert_array_equal(found.tokens[found.mask], plain.tokens[found.mask])
+    assert max(looked) <= max(lengths)  # what has stopped is not written on
 
 
 class Alone:

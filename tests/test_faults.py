@@ -11,12 +11,13 @@ import shutil
 import signal
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import assert_same, child, command, read_lines, start, wait_for
 
-from metatuner_jax import checkpoint, evaluate, losses
+from metatuner_jax import actor, checkpoint, evaluate, losses
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -212,6 +213,24 @@ def phase_of(log):
     """Returns what a run does or did, by its log: 'checkpoint' while one is not whole."""
     written, whole = (re.findall(rf"checkpoint (\d+) is {what}", log) for what in ("being written", "whole"))
     return "checkpoint" if written and written[-1] not in whole else re.findall(r"now: (\w+)", log)[-1]
+
+
+@pytest.mark.parametrize(("module", "name", "doing", "ways"), [
+    (losses, "delta_metrics", "steps", "raise train.accumulate=1 to 2, set train.remat=all in the place of products, lower train.batch_size=4, "),
+    (actor, "begin", "evaluation", "lower eval.batch_size=8, lower actor.max_answer_tokens=6, "),
+])  # fmt: skip
+def test_where_the_memory_does_not_suffice_the_options_are_named(module, name, doing, ways, root, tmp_path, monkeypatch, capfd):
+    plain = getattr(module, name)
+
+    def too_large(*args, **how):
+        size = jnp.sort(jnp.arange(2**45) + args[0].end_id)[3]  # no compiler does without it, and no machine has it
+        return jax.tree.map(lambda leaf: leaf + size.astype(leaf.dtype), plain(*args, **how))
+
+    monkeypatch.setattr(module, name, too_large)
+    assert start(command(root, tmp_path / "run"))[0] == 1
+    error = capfd.readouterr().err
+    assert error.startswith(f"failed: the memory does not suffice for the {doing}, for want of 131072.00 GiB more: {ways}") and error.count("\n") == 1
+    assert "set generator.train=lora" not in error and error.endswith("split the weights over more devices with mesh.fsdp, take smaller models; --plan says what a run takes\n")
 
 
 def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(root, tmp_path):

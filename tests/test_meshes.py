@@ -21,10 +21,11 @@ EIGHT = {**os.environ, "NPROC": "32", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} -
 KINDS = {  # what learns and in which order, with rollouts and evaluation
     "lora, joint": ("generator.train=lora", "method=metatuner_j", "train.prompt_gradient=straight_through"),
     "full, alternating": ("generator.train=full", "method=metatuner_i", "train.alternate_every=1", "hyper.network=trunk"),
+    "lora, in parts": ("generator.train=lora", "method=metatuner_j", "train.batch_size=16", "train.accumulate=2"),
     "full, joint": ("generator.train=full", "method=metatuner_j"),
     "lora, alternating": ("generator.train=lora", "method=metatuner_i", "train.alternate_every=1", "warmup.actor_steps=1"),
 }
-MESHES = {(8, 1, 1): ("lora, joint",), (1, 8, 1): ("full, alternating",), (2, 2, 2): ("lora, joint",)}
+MESHES = {(8, 1, 1): ("lora, joint",), (1, 8, 1): ("full, alternating",), (2, 2, 2): ("lora, in parts",)}
 if SOAK:
     MESHES = dict.fromkeys([*MESHES, (4, 1, 2), (1, 4, 2), (2, 4, 1), (4, 2, 1)], tuple(KINDS))
 SETTINGS = ("train.batch_size=8", "train.learning_rate=1e-3")

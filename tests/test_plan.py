@@ -98,7 +98,7 @@ def test_what_two_layers_send_is_scaled_to_what_six_do(method):
     assert scaled["all-gather"]["count"] > (4 + 6) * 7
 
 
-OTHERS = [("metatuner_i", {}), ("metatuner_st", {}), ("unshared", {}), ("dpo", {}), ("metatuner_j", {"remat": "none"}), ("metatuner_j", {"remat": "all"}), ("sft", {})]
+OTHERS = [("metatuner_i", {}), ("metatuner_st", {}), ("unshared", {}), ("dpo", {}), ("metatuner_j", {"remat": "none"}), ("metatuner_j", {"remat": "all"}), ("metatuner_j", {"accumulate": 2}), ("sft", {})]
 
 
 @pytest.mark.parametrize(("method", "section"), OTHERS if SOAK else OTHERS[-1:])
@@ -205,6 +205,7 @@ def test_a_mesh_of_any_size_is_planned_without_its_devices():
 @pytest.mark.parametrize(("sections", "part", "less"), [
     ({"train": {"remat": "all"}}, "kept activations of the actor", 1 / 12),
     ({"train": {"batch_size": 8}}, "kept activations of the actor", 0.5),
+    ({"train": {"accumulate": 4}}, "kept activations of the actor", 0.25),
     ({"eval": {"batch_size": 8}}, "KV cache of the answers", 0.5),
 ])  # fmt: skip
 def test_options_lower_the_part_that_they_are_for(sections, part, less):
@@ -289,7 +290,7 @@ def test_what_no_option_makes_fit_is_said_to_need_more_devices(folder, capsys):
     assert "take more devices" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["mesh.fsdp=8", "train.remat=all", "train.batch_size", "generator.train=lora", "mesh.tensor"])
+@pytest.mark.parametrize("change", ["mesh.fsdp=8", "train.remat=all", "train.accumulate=2", "train.batch_size", "generator.train=lora", "mesh.tensor"])
 def test_each_option_is_found_where_it_is_the_one_that_helps(change):
     kind = "full" if "generator" in change else "lora"
     setup, mesh = make_setup(learns=kind), plan.Mesh(8, 1, 1)

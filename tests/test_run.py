@@ -69,7 +69,7 @@ def finished(root, tmp_path_factory):
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.folder.iterdir()}
     files = {"config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "before.jsonl", "run.log", "lock"}
-    assert names == {*files, "checkpoints", "checkpoint_sums", "mean_adapter.safetensors"}
+    assert names == {*files, "checkpoints", "checkpoint_sums", "mean_adapter.safetensors", "tensorboard"}
     assert sorted(path.name for path in (finished.folder / "checkpoints").iterdir()) == ["2", "4"]
     assert sorted(path.name for path in (finished.folder / "checkpoint_sums").iterdir()) == ["2.json", "4.json"]
     written = json.loads((finished.folder / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 
@@ -450,6 +451,49 @@ def test_a_bad_file_is_named(tmp_path):
 )
 def test_metrics_of_own_rows(metric, text, gold, strict, flexible):
     assert jsonl.METRICS[metric](text, Example("x", "q", gold, gold)) == tasks.Score(strict, flexible)
+
+
+OWN_METRICS = """
+def half(answer, reference):
+    return 0.5 * (len(answer) == len(reference)) + 0.5 * (answer == reference)
+
+def same(answer, reference):
+    return answer == reference
+
+def wrong(answer, reference):
+    return 2.0
+
+def broken(answer, reference):
+    return 1 / len(answer)
+
+number = 3
+"""
+
+
+def test_a_metric_of_ones_own_is_a_function_of_answer_and_reference(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [{"question": f"q{i}", "answer": "abc"} for i in range(5)])
+    (tmp_path / "own_metrics.py").write_text(OWN_METRICS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def load(metric):
+        return tasks.load(TaskConfig("jsonl", path, num_validation=1, num_test=1, options={"metric": metric}), seed=0)
+
+    task = load("own_metrics:half")
+    assert task.metric == "own_metrics:half" and [task.score(text, task.test[0]) for text in ("abc", "xyz", "ab")] == [
+        tasks.Score(1.0, 1.0), tasks.Score(0.5, 0.5), tasks.Score(0.0, 0.0),
+    ]  # fmt: skip
+    assert load("own_metrics:same").score("abc", task.test[0]) == tasks.Score(1.0, 1.0)
+    for metric, text, message in (("wrong", "abc", "2 is no score from 0 to 1"), ("broken", "", "ZeroDivisionError: division by zero")):
+        where = rf"task.options.metric='own_metrics:{metric}' failed for the answer '{text}' to row {re.escape(task.test[0].id)}: {message}"
+        with pytest.raises(ValueError, match=where):
+            load(f"own_metrics:{metric}").score(text, task.test[0])
+    for metric, message in (
+        ("own_metrics:halve", "could not be imported: AttributeError: .*'halve'"), ("own_metric:half", "could not be imported: ModuleNotFoundError"),
+        ("own_metrics:number", "is 3, no function"), ("own_metrics", "is not one of exact_match, number, contains, nor module:function"),
+        (":half", "could not be imported: ValueError"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"task.options.metric='{metric}' {message}"):
+            load(metric)
 
 
 def test_the_users_prompt_comes_before_the_tasks_own(tmp_path):

@@ -87,6 +87,40 @@ def test_the_step_compiles_once_a_bucket_and_padding_changes_nothing(networks, b
             assert found[name] == pytest.approx(metrics[0][0][name], rel=2e-4)
 
 
+@pytest.mark.parametrize(("method", "gradient"), [("metatuner_j", "straight_through"), ("metatuner_j", "none"), ("sft", "none"), ("dpo", "none")])
+def test_a_batch_in_parts_is_learnt_from_as_one(method, gradient, networks, batch):
+    setup = make_setup(method=method, train={"prompt_gradient": gradient}, rollout={"every": 1})
+    frozen, params = networks(setup)
+    again = np.array([0, 1, 2, 0, 2, 1])  # of six rows, those of each part differ in length
+    batch = {name: leaf[again] for name, leaf in batch.items()} | {name + end: batch["answer" + end][rows] for name, rows in (
+        ("chosen", again), ("rejected", again[::-1])) for end in ("", "_mask")}  # fmt: skip
+    found = {}
+    for parts in (1, 2, 3):
+        config, phase = dataclasses.replace(setup.config.train, accumulate=parts), train.phases(setup)[-1]
+        step = train.make_train_step(phase.turns[0][0], config, phase, phase.parts)
+        state = train.init_state(setup, jax.tree.map(jnp.array, params))
+        state, metrics = step(state, frozen, batch, jax.random.key(0))
+        found[parts] = jax.tree.map(np.asarray, (state.opt_state, metrics))
+    for parts in (2, 3):
+        (moments, metrics), (whole, of_whole) = found[parts], found[1]
+        assert metrics["tokens"] == of_whole["tokens"] and metrics.keys() == of_whole.keys()
+        for name in (name for name in metrics if name.endswith("loss") or name in ("grad_norm", "initial_share", "margin")):
+            assert metrics[name] == pytest.approx(of_whole[name], rel=1e-4, abs=1e-7), name
+        for here, there in zip(jax.tree.leaves(moments), jax.tree.leaves(whole)):  # after a step from zero, the gradients
+            np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-5 * np.abs(there).max())
+
+
+@pytest.mark.parametrize(("decay", "final_rate", "rates"), [
+    ("cosine", 0.1, {0: 1 / 6, 5: 1.0, 55: 0.55, 105: 0.1}), ("linear", 0.0, {0: 1 / 6, 4: 5 / 6, 5: 1.0, 55: 0.5, 80: 0.25, 105: 0.0}),
+    ("constant", 0.0, {0: 1 / 6, 5: 1.0, 105: 1.0}),
+])  # fmt: skip
+def test_the_rate_rises_and_falls_as_the_config_says(decay, final_rate, rates):
+    setup = make_setup(train={"num_steps": 105, "learning_rate": 2e-3, "warmup_steps": 5, "decay": decay, "final_rate": final_rate})
+    (phase,) = train.phases(setup)
+    found = {step: float(train.rate_at(setup.config.train, phase, step)) / 2e-3 for step in rates}
+    assert found == pytest.approx(rates, abs=1e-6)
+
+
 def lowered(setup, batch, platforms=None):
     """Returns the step as it is given to the compiler, from shapes alone."""
 

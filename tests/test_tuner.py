@@ -68,6 +68,14 @@ def test_other_adapters_and_prompts_are_those_of_the_runs_controls(tuner, folder
     assert texts["own"] != texts["none"]
 
 
+def test_an_answer_stops_before_the_texts_that_are_given(folder, predictions):
+    texts = [line["answer"] for line in predictions]
+    stop = max(set("".join(texts)) - {" ", ",", "'"}, key=lambda letter: sum(0 < text.find(letter) < len(text) - 1 for text in texts))
+    found = mt.Tuner.load(folder, settings={"actor.stop": stop}).answer([line["query"] for line in predictions])
+    assert [answer.text for answer in found] == [text.partition(stop)[0] for text in texts] != texts
+    assert sum(len(answer.ids) for answer in found) < sum(len(answer.ids) for answer in mt.Tuner.load(folder).answer([line["query"] for line in predictions]))
+
+
 def test_a_querys_lora_is_what_it_is_answered_with(tuner, predictions):
     query = predictions[0]["query"]
     found = tuner.lora(query)

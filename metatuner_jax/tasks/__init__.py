@@ -111,7 +111,8 @@ def of_rows(task: config.TaskConfig, seed: int, train, validation=None, test=Non
             raise ValueError(f"{split} holds no rows: give some, or none at all")
         if items is not None:
             given[split] = [rows.Row(f"{split} row {number}", item) for number, item in enumerate(items, 1)]
-    task = dataclasses.replace(task, name="jsonl", **{split: IN_MEMORY if split in given else None for split in ("train", "validation", "test")})
+    source = lambda split: IN_MEMORY if split in given else None
+    task = dataclasses.replace(task, name="jsonl", train=source("train"), validation=source("validation"), test=source("test"))
     jsonl.check_options(task)
     return task, jsonl.load(task, seed, read=lambda name, source, split, *_: given.get(split))
 

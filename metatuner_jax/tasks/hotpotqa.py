@@ -63,9 +63,9 @@ def f1(found: str, gold: str) -> float:
     """Returns the harmonic mean of precision and recall of the words; yes, no and noanswer are right whole or not at all."""
     if found != gold and {found, gold} & {"yes", "no", "noanswer"}:
         return 0.0
-    found, gold = found.split(), gold.split()
-    common = sum((collections.Counter(found) & collections.Counter(gold)).values())
-    return 2 * common / (len(found) + len(gold)) if common else 0.0
+    ours, theirs = found.split(), gold.split()
+    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
 
 def normalize(text: str) -> str:

@@ -1,6 +1,8 @@
 """A user's own rows: JSON Lines, CSV or Parquet files, folders or hub ids, with a field for the query and one for the answer."""
 
+import importlib
 import re
+from collections.abc import Callable
 
 from metatuner_jax import config
 from metatuner_jax.tasks import Example, Score, Task, gsm8k, rows
@@ -25,9 +27,7 @@ def check(task: config.TaskConfig) -> None:
 def check_options(task: config.TaskConfig) -> None:
     """Raises ValueError for an option that is wrong wherever the rows come from."""
     rows.check_options(task, tuple(OPTIONS))
-    metric = task.options.get("metric", "exact_match")
-    if metric not in METRICS:
-        raise ValueError(f"task.options.metric={metric!r} is not one of {', '.join(METRICS)}{config.nearest(metric, METRICS)}")
+    metric_of(task.options.get("metric", "exact_match"))
 
 
 def load(task: config.TaskConfig, seed: int, read=rows.read) -> Task:
@@ -49,7 +49,43 @@ def load(task: config.TaskConfig, seed: int, read=rows.read) -> Task:
 
     train, validation, test, dropped = rows.load_splits(task, seed, example, read=read)
     prompt = task.initial_prompt or INITIAL_PROMPT
-    return Task(task.name, options["metric"], prompt, train, validation, test, METRICS[options["metric"]], dropped)
+    return Task(task.name, options["metric"], prompt, train, validation, test, metric_of(options["metric"]), dropped)
+
+
+def metric_of(name) -> Callable[[str, Example], Score]:
+    """Returns the metric of a name: one of ours, or as `module:function` the user's own, which is imported as Python would from here.
+
+    A user's function takes the answer and the reference, both text, and returns a number from 0 to 1, or True or False: both the strict
+    and the flexible score.
+
+    Raises:
+      ValueError: there is no such metric.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    field = f"task.options.metric={config.short(name)}"
+    module, colon, function = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if not colon:
+        raise ValueError(f"{field} is not one of {', '.join(METRICS)}, nor module:function of your own{config.nearest(name, METRICS)}")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:  # the module is the user's own code
+        raise ValueError(f"{field} could not be imported: {type(error).__name__}: {error}; a file {module}.py here would be found") from None
+    if not callable(found):
+        raise ValueError(f"{field} is {config.short(found)}, no function: name one that takes answer and reference")
+
+    def score(text, example):
+        try:
+            worth = float(found(text, example.reference))
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+        else:
+            if 0 <= worth <= 1:
+                return Score(worth, worth)
+            what = f"{worth:g} is no score from 0 to 1"
+        raise ValueError(f"{field} failed for the answer {config.short(text)} to row {example.id}: {what}; mend it, and run the same command again")
+
+    return score
 
 
 def exact_match(text: str, example: Example) -> Score:

@@ -41,7 +41,9 @@ def load(task: config.TaskConfig, seed: int) -> Task:
     A row's initial prompt is its part's setting, else the mixture's, else its own task's.
     """
     parts = _parts(task)
-    splits, dropped, scores = {split: [] for split in SPLITS}, {}, {}
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    dropped: dict[str, int] = {}
+    scores = {}
     for key, part in _tasks_of(task).items():
         loaded = _named(key, tasks.load, part, seed)
         prompt = parts[key].initial_prompt or (None if task.initial_prompt else loaded.initial_prompt)
@@ -64,12 +66,13 @@ def load(task: config.TaskConfig, seed: int) -> Task:
             dropped[f"{split}_in_train"] = dropped.get(f"{split}_in_train", 0) + len(splits[split]) - len(kept)
         seen |= {rows.query_key(example.query) for example in kept}
         random.Random(f"{seed} {split}").shuffle(kept)
-        splits[split] = tuple(kept)
+        splits[split] = kept
 
     def score(text: str, example: Example) -> Score:
         return scores[example.part](text, example)
 
-    return Task(task.name, "mean of parts", task.initial_prompt or INITIAL_PROMPT, *(splits[s] for s in SPLITS), score, dropped)
+    train, validation, test = (tuple(splits[split]) for split in ("train", "validation", "test"))
+    return Task(task.name, "mean of parts", task.initial_prompt or INITIAL_PROMPT, train, validation, test, score, dropped)
 
 
 def shares(total: int, weights: list[float]) -> list[int]:

@@ -115,9 +115,11 @@ def _typed(kind, value):
 
 def load(task: config.TaskConfig, seed: int) -> Task:
     """Returns the task. A validation or test row whose query was drawn before is dropped, counted and drawn anew."""
-    nums = {"train": task.num_train, "validation": task.num_validation, "test": task.num_test}  # 0 in parts of a mixture
-    nums = {split: {"train": NUM_TRAIN, "test": NUM_TEST}[split] if num is None else num for split, num in nums.items()}
-    splits, dropped, seen = {}, {}, set()
+    asked = {"train": task.num_train, "validation": task.num_validation, "test": task.num_test}  # 0 in parts of a mixture
+    nums = {split: {"train": NUM_TRAIN, "test": NUM_TEST}[split] if num is None else num for split, num in asked.items()}
+    splits: dict[str, list[Example]] = {}
+    dropped: dict[str, int] = {}
+    seen: set[str] = set()
     for split, num in nums.items():
         limit = num if split == "train" else 20 * num + 1000
         dataset = _dataset(task, seed + OFFSETS[split], max(limit, 1))
@@ -140,7 +142,9 @@ def load(task: config.TaskConfig, seed: int) -> Task:
         task.name,
         "verifier",
         prompt,
-        *(tuple(splits[s]) for s in OFFSETS),
+        tuple(splits["train"]),
+        tuple(splits["validation"]),
+        tuple(splits["test"]),
         make_score(task.name.partition(":")[2], dataset),
         dropped,
     )
