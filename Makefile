@@ -30,8 +30,7 @@ tpu:
 	.venv-tpu/bin/python -m pip install --quiet 'jax[tpu]'
 	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n 0 -s tests/parity/test_tpu.py
 
-check: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet ruff mypy
+check: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy metatuner_jax experiments
 
@@ -77,7 +76,7 @@ $(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-docs $(VENV)/.installed-notebooks: $(VENV)/.installed-%: $(VENV)/.installed-test
+$(VENV)/.installed-dev $(VENV)/.installed-docs $(VENV)/.installed-notebooks: $(VENV)/.installed-%: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 

@@ -10,6 +10,7 @@ import textwrap
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import latex2mathml.converter
 from docutils import nodes
 from sphinx.util.nodes import make_refnode
 
@@ -17,9 +18,10 @@ project = "metatuner_jax"
 copyright = "the authors of metatuner_jax, Apache-2.0"
 release = version = importlib.metadata.version("metatuner_jax")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_math_renderer = "mathml"
 smartquotes = False
 html_title = f"metatuner_jax {release}"
 myst_enable_extensions = ["dollarmath"]
@@ -36,10 +38,18 @@ linkcheck_ignore = [r"http://127\.0\.0\.1.*"]
 
 
 def setup(app):
+    app.add_html_math_renderer("mathml", (as_mathml, None), (as_mathml, None))
     app.connect("include-read", at_home)
     app.connect("autodoc-process-signature", as_written)
     app.connect("autodoc-process-docstring", with_fields)
     app.connect("doctree-resolved", link_names)
+
+
+def as_mathml(writer, node):
+    """Writes a formula as MathML, which browsers draw by themselves, without a script from elsewhere."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    writer.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+    raise nodes.SkipNode
 
 
 def at_home(app, path, page, content):
