@@ -47,8 +47,11 @@ def setup(app):
 
 def as_mathml(writer, node):
     """Writes a formula as MathML, which browsers draw by themselves, without a script from elsewhere."""
-    display = "block" if isinstance(node, nodes.math_block) else "inline"
-    writer.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+    if isinstance(node, nodes.math_block):  # a wide one is moved by itself, and not the page
+        formula = latex2mathml.converter.convert(node.astext(), display="block")
+        writer.body.append(f'<div style="margin: 1em 0; overflow-x: auto">{formula}</div>')
+    else:
+        writer.body.append(latex2mathml.converter.convert(node.astext()))
     raise nodes.SkipNode
 
 
