@@ -24,6 +24,7 @@ FAMILIES = {
     "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",  # reads images too: of it, the language model is taken, which is a gemma3_text
 }  # fmt: skip
+HIDDEN_ACT = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # activations, ours and the hub's
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -185,9 +186,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     is_gemma, slides = config.family.startswith("gemma"), config.sliding_window is not None
     special = {}
     if is_gemma:
-        special |= {
-            "query_pre_attn_scalar": int(config.query_scale or config.head_width), "attn_logit_softcapping": config.attention_cap, "final_logit_softcapping": config.logit_cap,
-        }  # fmt: skip
+        special |= {"query_pre_attn_scalar": int(config.query_scale or config.head_width)}
+        special |= {"attn_logit_softcapping": config.attention_cap, "final_logit_softcapping": config.logit_cap}
     if config.family in ("qwen2", "qwen3"):
         special |= {"use_sliding_window": slides}
     if is_gemma or (slides and config.family != "mistral"):
@@ -211,9 +211,6 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         **({} if config.family == "llama" else {"sliding_window": config.sliding_window}),
         **special,
     }
-
-
-HIDDEN_ACT = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def text_only(config: ModelConfig) -> ModelConfig:
