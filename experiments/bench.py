@@ -196,7 +196,7 @@ def _prefill(work):
 
     def run(params, *rows):
         tokens, mask = actor.splice(setup, *rows)
-        x = transformer.embed(params["embed"]["embedding"], tokens, setup.dtype)
+        x = transformer.embed(setup.actor, params, tokens)
         return decode.prefill(setup.actor, params, x, mask)
 
     rows = [work.batch[name] for name in ("expert", "expert_mask", "query", "query_mask")]
@@ -213,7 +213,7 @@ def _decode(work):
     tokens = decode_tokens(model.vocab_size)
 
     def run(params, tokens):
-        x = transformer.embed(params["embed"]["embedding"], tokens, setup.dtype)
+        x = transformer.embed(model, params, tokens)
         prefill = decode.prefill(model, params, x, jnp.ones(tokens.shape, bool))
         how = {"max_new_tokens": DECODE_NEW, "end_id": END, "allowed": work.frozen.allowed, "layers": decode.fastest_layers()}
         return decode.sample(model, params, prefill, **how).tokens

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -59,10 +60,16 @@ def with_depths(setup, shared: int, private: int, actor: int):
     section = dataclasses.replace(config.generator, num_shared=shared)
     # Of one checkpoint, the frozen weights are passed once: two depths need two names, and move the same.
     config = dataclasses.replace(config, generator=section)
-    ours, theirs = (dataclasses.replace(model, num_layers=count) for model, count in ((setup.generator, shared + private), (setup.actor, actor)))
+    ours, theirs = (of_depth(model, count) for model, count in ((setup.generator, shared + private), (setup.actor, actor)))
     if config.generator.model == config.actor.model:
         config = dataclasses.replace(config, actor=dataclasses.replace(config.actor, model=config.actor.model + " of another depth"))
     return dataclasses.replace(setup, config=config, generator=ours, actor=theirs)
+
+
+def of_depth(model, layers: int):
+    """Returns a model with so many layers, in turns sliding and not as its own are."""
+    turns = model.sliding_layers and tuple(itertools.islice(itertools.cycle(model.sliding_layers), layers))
+    return dataclasses.replace(model, num_layers=layers, sliding_layers=turns)
 
 
 def in_child(jobs) -> list[dict]:
@@ -90,8 +97,7 @@ def from_json(found: dict):
     """Returns (setup, lengths, the settings of the mesh)."""
 
     def model(name):
-        scaling = found[name]["rope_scaling"]
-        return config_lib.ModelConfig(**{**found[name], "rope_scaling": scaling and tuple(scaling)})
+        return config_lib.ModelConfig(**{field: tuple(value) if isinstance(value, list) else value for field, value in found[name].items()})
 
     setup = generator.Setup(config_lib.from_tree(found["config"]), model("generator"), model("actor"), found["end_id"], tuple(found["prefix"]))
     return setup, data.Lengths(**found["lengths"]), config_lib.MeshConfig(**found["mesh"])

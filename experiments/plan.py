@@ -188,7 +188,7 @@ class Share:
         d, q = self.model.width, self.heads * self.model.head_width
         found = d
         if remat != "all":
-            found += d + q + 2 * self.kv + 2 * self.ff
+            found += d + q + 2 * self.kv + 2 * self.ff + (d if self.model.post_norms else 0)
         if remat == "none":  # norms, the gate's parts and the weights of attention, in float32 and as they go on
             found += 2 * d + self.ff if self.itemsize < MASTER else 0
             return tokens * (found * self.itemsize + 4 * (2 * d + 3 * self.ff) + seen * self.heads * (4 + self.itemsize))

@@ -71,8 +71,8 @@ def influence(spec, texts: list[str], max_tokens: int = 64) -> list[float]:
     ids = [data.encode_piece(tokenizer, text)[:max_tokens] for text in texts]
     tokens, mask = map(jnp.array, data.pad(ids, max(map(len, ids)), "right"))
     context = transformer.make_context(config, transformer.positions_of(mask), transformer.causal(mask))
-    layer_at = jax.jit(lambda x, i: transformer.run(config, jax.tree.map(lambda leaf: leaf[i][None], params["layers"]), x, context)[0])
-    x, counted, found = transformer.embed(params["embed"]["embedding"], tokens, jnp.float32), mask[:, 1:], []
+    layer_at = jax.jit(lambda x, i: transformer.run(config, jax.tree.map(lambda leaf: leaf[i][None], params["layers"]), x, context, first=i)[0])
+    x, counted, found = transformer.embed(config, params, tokens), mask[:, 1:], []
     for i in range(config.num_layers):
         after = layer_at(x, i)
         inner, sizes = jnp.sum(x * after, -1), jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(after, axis=-1)
@@ -95,7 +95,8 @@ def prune(spec, keep: list[int], folder: pathlib.Path) -> None:
     export.check_new(folder)
     arrays: dict[str, np.ndarray] = {}
     pretrained.load(spec, "float32", put=lambda path, array: arrays.setdefault(path, np.asarray(array)))
-    config = dataclasses.replace(config, num_layers=len(keep))
+    sliding = config.sliding_layers and tuple(config.sliding_layers[i] for i in keep)
+    config = dataclasses.replace(config, num_layers=len(keep), sliding_layers=sliding)
     kept = {path: array[keep] if path.startswith("layers/") else array for path, array in arrays.items()}
     with export.new_folder(folder) as beside:
         export.write_model(beside, config, kept, pretrained.load_tokenizer(spec))

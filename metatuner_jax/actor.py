@@ -28,7 +28,7 @@ def begin(setup: Setup, frozen: Frozen, loras, prompt, prompt_mask, query, query
       how: key, rows, temperature and layers as in `decode.sample`.
     """
     tokens, mask = splice(setup, prompt, prompt_mask, query, query_mask)
-    x = transformer.embed(frozen.actor["embed"]["embedding"], tokens, setup.dtype)
+    x = transformer.embed(setup.actor, frozen.actor, tokens)
     prefill = decode.prefill(setup.actor, frozen.actor, x, mask, loras)
     return decode.begin(
         setup.actor, frozen.actor, prefill, max_new_tokens=max_tokens, end_id=setup.end_id, allowed=frozen.allowed, **how
@@ -59,8 +59,7 @@ def log_likelihoods(
     tokens = jnp.concatenate([tokens, answer[:, :-1]], axis=1)
     # Padding stands at the answer's end, where nothing that counts looks at it.
     mask = jnp.concatenate([mask, jnp.ones((tokens.shape[0], answer.shape[1] - 1), bool)], axis=1)
-    transformer.check_window(c, tokens.shape[1])
-    x = transformer.embed(frozen.actor["embed"]["embedding"], tokens, setup.dtype)
+    x = transformer.embed(c, frozen.actor, tokens)
     if prompt_embedding is not None:
         x = jax.lax.dynamic_update_slice(x, prompt_embedding.astype(x.dtype), (0, len(setup.prefix), 0))
     context = transformer.make_context(c, transformer.positions_of(mask), transformer.causal(mask))

@@ -194,7 +194,7 @@ class Config:
 class ModelConfig:
     """The shape of a decoder-only LLM: what `transformer` needs, read from a checkpoint by `pretrained`."""
 
-    family: str  # llama, mistral, qwen2 or qwen3
+    family: str  # of `pretrained.FAMILIES`
     vocab_size: int
     num_layers: int
     width: int
@@ -205,12 +205,23 @@ class ModelConfig:
     rope_theta: float = 10000.0
     # Llama 3's stretch of the low frequencies: (factor, low_freq_factor, high_freq_factor, original positions)
     rope_scaling: tuple[float, float, float, float] | None = None
+    rope_stretch: float = 1.0  # all positions are divided by it (linear scaling)
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the embedding
     qkv_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None  # rows must be no longer: windowed attention itself is not built
+    sliding_window: int | None = None  # a token sees the newest so many, itself among them, of its row
+    sliding_layers: tuple[bool, ...] | None = None  # in which layers that is so; None: in all
+    sliding_rope_theta: float | None = None  # of these layers, where it is another than the others' and not stretched
     max_positions: int = 2048
+    # Of Gemma:
+    activation: str = "silu"  # or gelu_tanh
+    norm_offset: float = 0.0  # what is added to the norms' learned scales
+    post_norms: bool = False  # what attention and feed-forward yield is normalised before it is added
+    scaled_embedding: bool = False  # by the root of the width
+    query_scale: float | None = None  # attention's scores are divided by its root; None: the head width
+    attention_cap: float | None = None  # scores s become cap * tanh(s / cap)
+    logit_cap: float | None = None  # so do those of the next token
 
 
 def make(**settings: Any) -> Config:

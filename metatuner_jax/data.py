@@ -120,9 +120,11 @@ class Tokens:
 
 def end_id(tokenizer) -> int:
     """Returns the token that ends a turn: the one that the template puts after an assistant's message, or else eos."""
+    from metatuner_jax import pretrained
+
     text = _render(tokenizer, [{"role": "user", "content": _QUERY}, {"role": "assistant", "content": _PROMPT}])
     after = tokenizer.encode(text.split(_PROMPT)[-1], add_special_tokens=False)
-    if after and after[0] in tokenizer.all_special_ids:
+    if after and after[0] in pretrained.special_ids(tokenizer):  # Gemma 3's <end_of_turn> is special, and none of those that have a name
         return after[0]
     if tokenizer.eos_token_id is None:
         raise ValueError(

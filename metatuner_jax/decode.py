@@ -99,7 +99,6 @@ def prefill(config: ModelConfig, params: dict, x: Float[Array, "b t d"], mask: B
         before it.
       loras: as in `transformer.forward`.
     """
-    transformer.check_window(config, x.shape[1])
     context = transformer.make_context(config, transformer.positions_of(mask), transformer.causal(mask))
     x, past = transformer.run(config, params["layers"], x, context, loras, keep=True)
     return Prefill(mask, x[:, -1:], past)
@@ -117,15 +116,17 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
     """
     b, t = start.mask.shape
     sizes = [tokens.shape[1] - 1 for tokens, _ in segments]
-    transformer.check_window(config, t + max(sizes))
     tokens = jnp.concatenate([tokens[:, :-1] for tokens, _ in segments], axis=1)
     mask = jnp.concatenate([mask[:, :-1] for _, mask in segments], axis=1)
     number = np.repeat(np.arange(len(sizes)), sizes)
     itself = transformer.causal(mask) & (number[:, None] == number)
     attend = jnp.concatenate([jnp.broadcast_to(start.mask[:, None], (b, len(number), t)), itself], axis=-1)
     positions = jnp.sum(start.mask, axis=1, keepdims=True) + np.concatenate([np.arange(size) for size in sizes])
-    context = transformer.make_context(config, positions, attend)
-    x = transformer.embed(params["embed"]["embedding"], tokens, transformer.dtype_of(params))
+    seen = None
+    if transformer.window_binds(config, t + max(sizes)):
+        seen = jnp.concatenate([transformer.positions_of(start.mask), positions], axis=1)
+    context = transformer.make_context(config, positions, attend, positions_seen=seen)
+    x = transformer.embed(config, params, tokens)
     x, _ = transformer.run(config, params["layers"], x, context, loras, past=start.past, remat=remat)
     parts = jnp.split(x, np.cumsum(sizes)[:-1], axis=1)
     return [jnp.concatenate([start.last, part], axis=1) for part in parts]
@@ -145,7 +146,6 @@ def begin(
 ) -> Writing:
     """Returns rows with the first token written, of at most `max_new_tokens`. Arguments are those of `sample`."""
     b, t = start.mask.shape
-    transformer.check_window(config, t + max_new_tokens)
     grown = lambda leaf: jnp.pad(product.pack(leaf), ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0)))
     caches = jax.tree.map(grown, start.past)
     if layers == "unroll":
@@ -186,8 +186,10 @@ def advance(
         """Reads each row's newest token, writes its next."""
         columns = jax.lax.dynamic_update_slice(state.columns, jnp.ones((b, 1), bool), (0, state.column))
         newest = jnp.take_along_axis(state.tokens, jnp.maximum(state.count - 1, 0)[:, None], axis=1)
-        context = transformer.make_context(config, (state.position + state.count - 1)[:, None], columns[:, None], state.column)
-        x = transformer.embed(params["embed"]["embedding"], newest, dtype)
+        positions = (state.position + state.count - 1)[:, None]
+        seen = positions_in(columns, state.column) if transformer.window_binds(config, columns.shape[1]) else None
+        context = transformer.make_context(config, positions, columns[:, None], state.column, seen)
+        x = transformer.embed(config, params, newest)
         x, caches = transformer.run(config, params["layers"], x, context, loras, caches=state.caches)
         scores = transformer.logits(config, params, x)[:, 0]
         token = pick(scores, _noise(key, state.rows, state.count, scores, temperature), temperature, top_p, allowed)
@@ -202,6 +204,12 @@ def advance(
     if most is None:
         return jax.lax.while_loop(goes_on, step, state)
     return jax.lax.while_loop(lambda at: goes_on(at[0]) & (at[1] < most), lambda at: (step(at[0]), at[1] + 1), (state, 0))[0]
+
+
+def positions_in(columns: Bool[Array, "b s"], newest: Int[Array, ""]) -> Int[Array, "b s"]:
+    """Returns the position of the token that each column of rows being written holds, where the newest one's column is given."""
+    turned = jnp.roll(columns, -1 - newest, axis=1)  # as the tokens stand in their rows, the newest last
+    return jnp.roll(transformer.positions_of(turned), 1 + newest, axis=1)
 
 
 def vacant(new: Writing, loras, b: int):

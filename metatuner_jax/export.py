@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
 import numpy as np
 import safetensors.numpy
 
-from metatuner_jax import checkpoint, files, generator, pretrained
+from metatuner_jax import checkpoint, data, files, generator, pretrained
 from metatuner_jax.config import ModelConfig
 from metatuner_jax.lora import Lora
 from metatuner_jax.tuner import Tuner
@@ -90,9 +90,12 @@ def write_peft(folder: pathlib.Path, model: ModelConfig, base: str, loras: dict[
             place = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{place}.lora_A.weight"] = np.ascontiguousarray(one.a[i].T, np.float32)
             tensors[f"{place}.lora_B.weight"] = np.ascontiguousarray(one.b[i].T, np.float32)
+    modules = sorted(modules)
+    # Where a model reads images, the part that sees them has modules of these names too.
+    of_text = rf".*\.language_model\..*\.({'|'.join(modules)})" if model.family == "gemma3" else modules
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank,  # of ratio 1: scaled already
-        "target_modules": sorted(modules), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "target_modules": of_text, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
     }  # fmt: skip
     _save(folder / "adapter_model.safetensors", tensors)
     files.write_json(folder / "adapter_config.json", settings)
@@ -127,12 +130,12 @@ def flat(params: dict) -> dict[str, np.ndarray]:
 
 def write_model(folder: pathlib.Path, model: ModelConfig, arrays: dict[str, np.ndarray], tokenizer: Any, dtype: str = "float32") -> None:
     """Writes weights by the paths of `pretrained.layout` as a model of transformers."""
-    tensors = {}
+    model, tensors = pretrained.text_only(model), {}
     for leaf in pretrained.layout(model):
         array = arrays[leaf.path]
         for name, part in zip(leaf.names, array if leaf.stacked else [array]):
             tensors[name] = np.ascontiguousarray(part.T if leaf.transposed else part).astype(dtype)
-    pretrained.write(model, tensors, tokenizer, folder)
+    pretrained.write(model, tensors, tokenizer, folder, data.end_id(tokenizer))
 
 
 # --- a folder for a model hub ---

@@ -257,7 +257,7 @@ def read(setup: Setup, params: dict, frozen: Frozen, tokens, mask, own) -> Query
       tokens, mask, own: int and bool [b, t], left-padded; `own` marks the query's own tokens.
     """
     weights, loras = language_model(setup, params, frozen)
-    x = transformer.embed(weights["embed"]["embedding"], tokens, setup.dtype)
+    x = transformer.embed(setup.generator, weights, tokens)
     x, past = _run_half(setup, weights, loras, 0, x, mask)
     return Query(pool(setup, x, own), mask, x, past)
 
@@ -273,7 +273,8 @@ def _run_half(setup, weights, loras, half, x, mask):
     """Returns the residual stream after the shared (0) or the private (1) layers, and their keys and values."""
     context = transformer.make_context(setup.generator, transformer.positions_of(mask), transformer.causal(mask))
     loras = None if loras is None else loras[half]
-    return transformer.run(setup.generator, weights["layers"][half], x, context, loras, keep=True, remat=setup.config.train.remat)
+    how = {"keep": True, "remat": setup.config.train.remat, "first": half * setup.num_shared}
+    return transformer.run(setup.generator, weights["layers"][half], x, context, loras, **how)
 
 
 def packed(setup: Setup, params: dict, frozen: Frozen, prefill: decode.Prefill, prompts) -> list:
@@ -342,7 +343,7 @@ def relaxed_prompt(
 ) -> Float[Array, "b m o"]:
     """Returns the sampled prompt as the actor reads it: the value of its tokens, the gradient of their softmax.
 
-    `E[s] + soft - stop_gradient(soft)` with `soft = softmax((logits + noise) / temperature) E`, and the noise with which `decode.pick`
+    `E[s] + soft - stop_gradient(soft)` with `soft = softmax((logits + noise) / temperature) E`, E as the actor's first layer reads it, and the noise with which `decode.pick`
     took s, temperature times a Gumbel. The end token and padding are zero and have no gradient. The softmax is made in the backward
     pass alone, for a few tokens at a time.
 
@@ -360,12 +361,12 @@ def relaxed_prompt(
             noise = jax.vmap(lambda i: decode.gumbel(key, rows, i, embedding.shape[0]), out_axes=1)(places[0])
             logits = jnp.where(frozen.allowed, transformer.logits(setup.generator, weights, states), -1e30)
             chosen = jax.nn.softmax(logits / temperature + noise, axis=-1).astype(embedding.dtype)
-            return product.einsum("bmv,vd->bmd", chosen, embedding, jnp.float32)
+            return transformer.scaled(setup.actor, product.einsum("bmv,vd->bmd", chosen, embedding, jnp.float32), embedding.dtype)
 
         return transformer.in_chunks(jax.checkpoint(of_chunk), states, places)
 
     words = sampled.mask & (sampled.tokens != setup.end_id)
-    hard = embedding[sampled.tokens].astype(jnp.float32)
+    hard = transformer.scaled(setup.actor, embedding[sampled.tokens], embedding.dtype).astype(jnp.float32)
     head = "head" if "head" in weights else "embed"
     moved = _gradient_of(soft, states, {"norm": weights["norm"], head: weights[head]})
     return jnp.where(words[..., None], hard + moved, 0.0).astype(embedding.dtype)

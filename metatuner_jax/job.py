@@ -232,11 +232,9 @@ def check_lengths(config, generator, actor, lengths, prefix_tokens):
         "actor": (actor, prefix_tokens + prompt + lengths.query + max(lengths.answer, config.actor.max_answer_tokens)),
     }
     for role, (model, length) in longest.items():
-        limit = min(model.max_positions, model.sliding_window or model.max_positions)
-        name = "sliding_window" if limit == model.sliding_window else "max_position_embeddings"
-        if length > limit:
+        if length > model.max_positions:
             raise ValueError(
-                f"{role}.model has {name}={limit}, and the longest row takes {length} tokens: lower generator.max_query_tokens, "
+                f"{role}.model has max_position_embeddings={model.max_positions}, and the longest row takes {length} tokens: lower generator.max_query_tokens, "
                 "generator.max_prompt_tokens or actor.max_answer_tokens"
             )
 

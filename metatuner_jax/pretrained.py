@@ -22,7 +22,10 @@ from metatuner_jax.config import short as _short
 
 FAMILIES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",  # reads images too: of it, the language model is taken, which is a gemma3_text
 }  # fmt: skip
+HIDDEN_ACT = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # activations, ours and the hub's
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -176,10 +179,24 @@ def load_config(spec) -> ModelConfig:
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """Returns the config.json of a model, as the hub has it."""
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_stretch != 1:
+        rope |= {"rope_type": "linear", "factor": config.rope_stretch}
     if config.rope_scaling is not None:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3", **dict(zip(names, config.rope_scaling))}
         rope["original_max_position_embeddings"] = int(config.rope_scaling[3])
+    if config.family == "gemma3_text":
+        rope = {"full_attention": rope, "sliding_attention": {"rope_theta": config.sliding_rope_theta or config.rope_theta, "rope_type": "default"}}
+    is_gemma, slides = config.family.startswith("gemma"), config.sliding_window is not None
+    special: dict[str, Any] = {}
+    if is_gemma:
+        special |= {"query_pre_attn_scalar": int(config.query_scale or config.head_width)}
+        special |= {"attn_logit_softcapping": config.attention_cap, "final_logit_softcapping": config.logit_cap}
+    if config.family in ("qwen2", "qwen3"):
+        special |= {"use_sliding_window": slides}
+    if is_gemma or (slides and config.family != "mistral"):
+        kinds = config.sliding_layers or (slides,) * config.num_layers
+        special |= {"layer_types": ["sliding_attention" if kind else "full_attention" for kind in kinds]}
     return {
         "architectures": [FAMILIES[config.family]],
         "model_type": config.family,
@@ -190,14 +207,19 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_width,
-        "hidden_act": "silu",
+        "hidden_activation" if is_gemma else "hidden_act": HIDDEN_ACT[config.activation],
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
         "tie_word_embeddings": config.tied,
         **({} if config.family == "llama" else {"sliding_window": config.sliding_window}),
-        **({"use_sliding_window": config.sliding_window is not None} if config.family in ("qwen2", "qwen3") else {}),
+        **special,
     }
+
+
+def text_only(config: ModelConfig) -> ModelConfig:
+    """Returns the shape of a model's language model, as a family of its own: what is written and has no other part."""
+    return dataclasses.replace(config, family="gemma3_text") if config.family == "gemma3" else config
 
 
 def _config_of_folder(folder):
@@ -218,7 +240,10 @@ def _config_of_folder(folder):
         refuse("auto_map", code, "code that comes with a model is never run")
     if raw.get("quantization_config") is not None:
         refuse("quantization_config", raw["quantization_config"], "take the unquantised weights, or a GGUF file")
-    _check_sizes(where, {name: raw[name] for name in (*_SIZES, "head_dim") if raw.get(name) is not None})  # before lists as long are made
+    of_text = raw.get("text_config") if family == "gemma3" else raw
+    if not isinstance(of_text, dict):
+        refuse("text_config", of_text, "it must hold the language model's settings")
+    _check_sizes(where, {name: of_text[name] for name in (*_SIZES, "head_dim") if of_text.get(name) is not None})  # before lists as long are made
 
     transformers = _transformers()
     try:
@@ -226,13 +251,20 @@ def _config_of_folder(folder):
     except Exception as error:  # its checks raise kinds of their own
         raise ValueError(f"{where} was refused by transformers: {_one_line(error)}") from error
 
+    tied = bool(config.tie_word_embeddings)
+    config = config.text_config if family == "gemma3" else config
+    is_gemma = family.startswith("gemma")
+    activation, act_field = ("gelu_tanh", "hidden_activation") if is_gemma else ("silu", "hidden_act")
+
     def value(field, default=None):
         return getattr(config, field, default)
 
     _check_sizes(where, {name: value(name) for name in _SIZES})
     _check_positive(where, {"rms_norm_eps": value("rms_norm_eps")})
-    if value("hidden_act") != "silu":
-        refuse("hidden_act", value("hidden_act"), "only 'silu'")
+    if value(act_field) != HIDDEN_ACT[activation]:
+        refuse(act_field, value(act_field), f"only {HIDDEN_ACT[activation]!r}")
+    if value("use_bidirectional_attention"):
+        refuse("use_bidirectional_attention", True, "a token sees those before it")
     if family != "qwen2" and value("attention_bias"):  # Qwen2's code does not look at the field: q, k and v always have one
         refuse("attention_bias", value("attention_bias"), "only qwen2 has biases, on q, k and v")
     if value("mlp_bias"):
@@ -243,9 +275,12 @@ def _config_of_folder(folder):
         refuse("num_key_value_heads", kv_heads, f"it must divide num_attention_heads={heads}")
     if head_width % 2:
         refuse("head_dim", head_width, "rotary positions need an even width")
-    theta, scaling = _rope_of(config, refuse)
-    window = _window_of(config, family, refuse)
-    _check_positive(where, {"rope_theta": theta, **{f"rope_parameters[{i}]": number for i, number in enumerate(scaling or ())}})
+    window, sliding = _window_of(config, family, refuse)
+    rope = _rope_of(config, window, sliding, refuse)
+    numbers = {"rope_theta": rope["rope_theta"], "factor": rope["rope_stretch"], "query_pre_attn_scalar": value("query_pre_attn_scalar") if is_gemma else None}
+    numbers |= {"rope_theta of sliding layers": rope["sliding_rope_theta"], **{f"rope_parameters[{i}]": part for i, part in enumerate(rope["rope_scaling"] or ())}}
+    numbers |= {name: value(name) for name in ("attn_logit_softcapping", "final_logit_softcapping") if is_gemma}
+    _check_positive(where, {name: number for name, number in numbers.items() if number is not None})
     _check_sizes(where, {} if window is None else {"sliding_window": window})
     return ModelConfig(
         family=family,
@@ -256,15 +291,26 @@ def _config_of_folder(folder):
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_width=head_width,
-        rope_theta=float(theta),
-        rope_scaling=scaling and tuple(map(float, scaling)),
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=rope["rope_scaling"] and tuple(map(float, rope["rope_scaling"])),
+        rope_stretch=float(rope["rope_stretch"]),
         norm_eps=config.rms_norm_eps,
-        tied=bool(config.tie_word_embeddings),
+        tied=tied,
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "gemma3", "gemma3_text"),
         sliding_window=window,
+        sliding_layers=sliding,
+        sliding_rope_theta=rope["sliding_rope_theta"] and float(rope["sliding_rope_theta"]),
         max_positions=config.max_position_embeddings,
+        activation=activation,
+        **(_of_gemma(config) if is_gemma else {}),
     )
+
+
+def _of_gemma(config):
+    numbers = {"query_scale": config.query_pre_attn_scalar, "attention_cap": config.attn_logit_softcapping, "logit_cap": config.final_logit_softcapping}
+    numbers = {name: None if number is None else float(number) for name, number in numbers.items()}
+    return {"norm_offset": 1.0, "post_norms": True, "scaled_embedding": True, **numbers}
 
 
 _SIZES = (
@@ -288,13 +334,24 @@ def _check_positive(where, numbers):
             raise ValueError(f"{where}: {name}={_short(value)} must be a finite number above 0: take the model's own file")
 
 
-def _rope_of(config, refuse):
-    """Returns (theta, Llama 3's scaling or None). transformers 5 keeps both in `rope_parameters`, 4 in two fields."""
+def _rope_of(config, window, sliding, refuse):
+    """Returns the fields of `ModelConfig` for rotary positions. transformers 5 keeps them in `rope_parameters`, 4 in two fields."""
     rope = getattr(config, "rope_parameters", None)
     if rope is None:
         rope = {"rope_theta": getattr(config, "rope_theta", 10000.0), **(getattr(config, "rope_scaling", None) or {})}
-    if any(isinstance(part, dict) for part in rope.values()):
-        refuse("rope_parameters", rope, "one rotary base must serve all layers")
+    if not any(isinstance(part, dict) for part in rope.values()):
+        return {**_one_rope(config, rope, refuse), "sliding_rope_theta": None}
+    if set(rope) != {"full_attention", "sliding_attention"}:
+        refuse("rope_parameters", rope, "one rotary base must serve all layers, or one those that slide and one the rest")
+    of_full, of_sliding = (_one_rope(config, rope[kind], refuse) for kind in ("full_attention", "sliding_attention"))
+    if of_sliding != {"rope_theta": of_sliding["rope_theta"], "rope_scaling": None, "rope_stretch": 1.0}:
+        refuse("rope_parameters", rope, "only layers that do not slide may have a scaling")
+    if sliding is None:  # all layers are alike
+        return {**(of_full if window is None else of_sliding), "sliding_rope_theta": None}
+    return {**of_full, "sliding_rope_theta": of_sliding["rope_theta"]}
+
+
+def _one_rope(config, rope, refuse):
     share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
     if share not in (None, 1):
         refuse("partial_rotary_factor", share, "only 1")
@@ -302,30 +359,36 @@ def _rope_of(config, refuse):
         refuse("mrope_section", rope["mrope_section"], "only one position a token")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope["rope_theta"]
+    plain = {"rope_theta": theta, "rope_scaling": None, "rope_stretch": 1.0}
     if kind == "default":
-        return theta, None
+        return plain
+    if kind == "linear" and rope.get("factor") is not None:
+        return {**plain, "rope_stretch": rope["factor"]}
     if kind != "llama3":
-        refuse("rope_type", kind, "only 'default' and 'llama3'")
+        refuse("rope_type", kind, "only 'default', 'linear' with a factor, and 'llama3'")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     missing = [name for name in names if rope.get(name) is None]
     if missing:
         refuse("rope_parameters", rope, f"rope_type 'llama3' needs {', '.join(missing)}")
-    return theta, tuple(rope[name] for name in names)
+    return {**plain, "rope_scaling": tuple(rope[name] for name in names)}
 
 
 def _window_of(config, family, refuse):
-    """Returns the width of the sliding window where some layer has one."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    allowed = {"full_attention", "sliding_attention"} if family.startswith("qwen") else {"full_attention"}
-    if kinds - allowed:
-        refuse("layer_types", sorted(kinds), f"only {' and '.join(sorted(allowed))}")
+    """Returns (the width of the sliding window, in which layers it is), as `ModelConfig` has them."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    allowed = {"full_attention", "sliding_attention"} if family.startswith(("qwen", "gemma")) else {"full_attention"}
+    if set(kinds) - allowed:
+        refuse("layer_types", sorted(set(kinds)), f"only {' and '.join(sorted(allowed))}")
+    if len(kinds) != config.num_hidden_layers:
+        refuse("layer_types", kinds, f"it must name each of num_hidden_layers={config.num_hidden_layers}")
     if family == "mistral":
-        return config.sliding_window
-    if "sliding_attention" not in kinds:
-        return None
+        return config.sliding_window, None
+    sliding = tuple(kind == "sliding_attention" for kind in kinds)
+    if not any(sliding):
+        return None, None
     if config.sliding_window is None:
-        refuse("layer_types", sorted(kinds), "a sliding layer needs use_sliding_window and sliding_window")
-    return config.sliding_window
+        refuse("layer_types", sorted(set(kinds)), "a sliding layer needs sliding_window, and use_sliding_window where the family has it")
+    return config.sliding_window, None if all(sliding) else sliding
 
 
 # --- weights ---
@@ -350,11 +413,13 @@ def layout(config: ModelConfig) -> list[Leaf]:
         config.ff_width,
     )
 
+    model = "model.language_model" if config.family == "gemma3" else "model"
+
     def layers(path, name, shape, transposed=False):
-        names = tuple(f"model.layers.{i}.{name}" for i in range(config.num_layers))
+        names = tuple(f"{model}.layers.{i}.{name}" for i in range(config.num_layers))
         return Leaf(f"layers/{path}", names, shape, True, transposed)
 
-    leaves = [Leaf("embed/embedding", ("model.embed_tokens.weight",), (config.vocab_size, d), False, False)]
+    leaves = [Leaf("embed/embedding", (f"{model}.embed_tokens.weight",), (config.vocab_size, d), False, False)]
     for ours, theirs, shape in (
         ("q", "self_attn.q_proj", (heads, d)), ("k", "self_attn.k_proj", (kv_heads, d)), ("v", "self_attn.v_proj", (kv_heads, d)),
         ("o", "self_attn.o_proj", (d, heads)), ("gate", "mlp.gate_proj", (f, d)), ("up", "mlp.up_proj", (f, d)),
@@ -363,12 +428,14 @@ def layout(config: ModelConfig) -> list[Leaf]:
         leaves.append(layers(f"{ours}/kernel", f"{theirs}.weight", shape, transposed=True))
         if config.qkv_bias and ours in ("q", "k", "v"):
             leaves.append(layers(f"{ours}/bias", f"{theirs}.bias", shape[:1]))
-    leaves.append(layers("attn_norm/scale", "input_layernorm.weight", (d,)))
-    leaves.append(layers("mlp_norm/scale", "post_attention_layernorm.weight", (d,)))
+    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if config.post_norms:  # the one name has another meaning where there are four
+        norms |= {"attn_post_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+    leaves += [layers(f"{ours}/scale", f"{theirs}.weight", (d,)) for ours, theirs in norms.items()]
     if config.qk_norm:
         leaves.append(layers("q_norm/scale", "self_attn.q_norm.weight", (config.head_width,)))
         leaves.append(layers("k_norm/scale", "self_attn.k_norm.weight", (config.head_width,)))
-    leaves.append(Leaf("norm/scale", ("model.norm.weight",), (d,), False, False))
+    leaves.append(Leaf("norm/scale", (f"{model}.norm.weight",), (d,), False, False))
     if not config.tied:
         leaves.append(Leaf("head/kernel", ("lm_head.weight",), (config.vocab_size, d), False, False))
     return leaves
@@ -416,7 +483,8 @@ def check_weights(spec) -> None:
 def _open(path, stack):
     """Returns (shape, {name on the hub: _Tensor}) of a folder or .gguf file; files stay open as long as `stack`."""
     if path.is_dir():
-        return _config_of_folder(path), _open_safetensors(path, stack)
+        config, tensors = _config_of_folder(path), _open_safetensors(path, stack)
+        return config, _of_language_model(tensors) if config.family == "gemma3" else tensors
     reader = _read_gguf(path)
     config = _config_of_gguf(path, reader)
     return config, _tensors_of_gguf(path, reader, config)
@@ -425,6 +493,17 @@ def _open(path, stack):
 class _Tensor(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+
+
+def _of_language_model(tensors):
+    """Returns the tensors of the language model in a model that reads images too, by transformers 5's names: files have these or older ones."""
+    older = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+    found = {}
+    for name, tensor in tensors.items():
+        if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+            prefix = next((prefix for prefix in older if name.startswith(prefix)), "")
+            found[older.get(prefix, "") + name.removeprefix(prefix)] = tensor
+    return found
 
 
 def _stack_tensors(config, tensors, dtype, put, where):
@@ -453,7 +532,7 @@ def _check_tensors(config, tensors, leaves, where):
     surplus = [name for name in tensors if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if config.tied and "lm_head.weight" in surplus:
         surplus.remove("lm_head.weight")
-        head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+        head, embedding = tensors["lm_head.weight"], tensors.get(leaves[0].names[0])
         if embedding is not None and (head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read())):
             raise ValueError(f"{where}: lm_head.weight differs from the embedding although tie_word_embeddings=True")
     problems = {
@@ -629,8 +708,8 @@ def _config_of_gguf(path, file):
         tied="output.weight" not in file.tensors,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        sliding_window=value("attention.sliding_window", 0, least=0) or None,
-        max_positions=value("context_length"),
+        # Such files do not say in which layers a window is: rows may be no longer than it.
+        max_positions=min(value("context_length"), value("attention.sliding_window", 0, least=0) or 2**31),
     )
 
 
@@ -706,8 +785,13 @@ def convert(gguf_path, folder) -> None:
     write(config, {name: np.ascontiguousarray(tensor.read(), np.float32) for name, tensor in tensors.items()}, tokenizer, folder)
 
 
-def write(config: ModelConfig, tensors: dict[str, np.ndarray], tokenizer, folder) -> None:
-    """Writes a model into a folder, made where it is not there, laid out as on the hub. `tensors`: contiguous, of one type, named and shaped as `layout` says."""
+def write(config: ModelConfig, tensors: dict[str, np.ndarray], tokenizer, folder, end_id: int | None = None) -> None:
+    """Writes a model into a folder, made where it is not there, laid out as on the hub.
+
+    Args:
+      tensors: contiguous, of one type, named and shaped as `layout` says.
+      end_id: a token that ends what is written, beside the tokenizer's own.
+    """
     from safetensors.numpy import save_file
 
     folder = pathlib.Path(folder)
@@ -717,6 +801,8 @@ def write(config: ModelConfig, tensors: dict[str, np.ndarray], tokenizer, folder
     tokenizer.save_pretrained(folder)
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     special = {name: number for name, number in special.items() if number is not None}
+    if end_id not in (None, special.get("eos_token_id")):
+        special["eos_token_id"] = [*([special["eos_token_id"]] if "eos_token_id" in special else []), end_id]
     (folder / "config.json").write_text(json.dumps({**hf_config(config), **special, "dtype": next(iter(tensors.values())).dtype.name}, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
 

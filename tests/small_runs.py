@@ -20,6 +20,7 @@ import uvicorn
 from experiments import run
 from metatuner_jax import transformer
 
+WORDS = "zero one two three four five six seven eight nine reverse the list of words say in order question instruction".split()  # noqa: SIM905
 SOAK = os.environ.get("SOAK") == "1"  # the full counts of what is otherwise a sample
 
 

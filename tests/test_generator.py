@@ -1,5 +1,6 @@
 """The packed pass, the hypernetwork, the straight-through prompt, and where the gradients go."""
 
+import dataclasses
 import functools
 
 import jax
@@ -121,10 +122,13 @@ def test_half_of_a_fresh_factor_comes_from_the_query_where_states_are_read_as_th
 # --- the packed pass ---
 
 
-@pytest.mark.parametrize("pool", ["last", "mean"])
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_the_packed_pass_equals_separate_passes(networks, batch, sampled, train, pool):
-    setup = make_setup(generator={"train": train}, hyper={"pool": pool})
+SLIDING = {"sliding_window": 3, "sliding_layers": (False, True, True, False), "sliding_rope_theta": 50.0}
+
+
+@pytest.mark.parametrize("train, pool, sliding", [("lora", "last", {}), ("lora", "mean", {}), ("full", "last", {}), ("full", "mean", {}), ("lora", "last", SLIDING)])
+def test_the_packed_pass_equals_separate_passes(networks, batch, sampled, train, pool, sliding):
+    model = dataclasses.replace(GENERATOR, **sliding)
+    setup = dataclasses.replace(make_setup(generator={"train": train}, hyper={"pool": pool}), generator=model)
     frozen, params = networks(setup)
     prompts = [(sampled.tokens, sampled.mask), (batch["expert"], batch["expert_mask"])]
 
@@ -139,8 +143,8 @@ def test_the_packed_pass_equals_separate_passes(networks, batch, sampled, train,
         query = batch["generator"][row, batch["generator_mask"][row]]
         for states, (ids, mask) in zip(packed, prompts):
             ids = np.array(ids[row])[np.array(mask[row])]
-            alone = scores_of(GENERATOR, weights, np.concatenate([query, ids]), loras)[len(query) - 1 : -1]
-            together = transformer.logits(GENERATOR, weights, states[row : row + 1])[0, : len(ids)]
+            alone = scores_of(model, weights, np.concatenate([query, ids]), loras)[len(query) - 1 : -1]
+            together = transformer.logits(model, weights, states[row : row + 1])[0, : len(ids)]
             np.testing.assert_allclose(together, alone, atol=3e-5)
         own = jnp.array(batch["own"][row, batch["generator_mask"][row]])[None]
         alone = state_at_layer_k(setup, params, frozen, query)
@@ -151,9 +155,9 @@ def state_at_layer_k(setup, params, frozen, ids):
     """Returns the residual stream [1, t, d] of one query, without padding, after the shared layers alone."""
     weights, loras = generator.language_model(setup, params, frozen)
     mask = jnp.ones((1, len(ids)), bool)
-    context = transformer.make_context(GENERATOR, transformer.positions_of(mask), transformer.causal(mask))
-    x = transformer.embed(weights["embed"]["embedding"], jnp.array(ids)[None], jnp.float32)
-    return transformer.run(GENERATOR, weights["layers"][0], x, context, loras and loras[0])[0]
+    context = transformer.make_context(setup.generator, transformer.positions_of(mask), transformer.causal(mask))
+    x = transformer.embed(setup.generator, weights, jnp.array(ids)[None])
+    return transformer.run(setup.generator, weights["layers"][0], x, context, loras and loras[0])[0]
 
 
 def test_the_query_state_is_normalised_and_the_mean_is_over_its_own_tokens(networks, batch):
@@ -183,10 +187,11 @@ def test_written_prompts_are_the_same_whether_shared_layers_are_cut_or_not(netwo
 # --- the straight-through prompt ---
 
 
-@pytest.mark.parametrize("at_once", [2, 32])
-def test_the_relaxed_prompt_has_the_value_of_its_tokens_and_the_gradient_of_the_softmax(sampled, monkeypatch, at_once):
+@pytest.mark.parametrize("at_once, scaled", [(2, False), (32, False), (32, True)])
+def test_the_relaxed_prompt_has_the_value_of_its_tokens_and_the_gradient_of_the_softmax(sampled, monkeypatch, at_once, scaled):
     monkeypatch.setattr(transformer, "SCORED_TOKENS", at_once)
-    setup = make_setup()
+    setup = dataclasses.replace(make_setup(), actor=dataclasses.replace(ACTOR, scaled_embedding=scaled))
+    scale = ACTOR.width**0.5 if scaled else 1.0
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)
     embedding, weight, states = draw(61, ACTOR.width), draw(3, 5, ACTOR.width), draw(3, 5, GENERATOR.width)
@@ -198,7 +203,7 @@ def test_the_relaxed_prompt_has_the_value_of_its_tokens_and_the_gradient_of_the_
         return generator.relaxed_prompt(setup, weights, states, sampled, frozen, key, rows, 0.7)
 
     words = np.array(sampled.mask & (sampled.tokens != END))
-    np.testing.assert_allclose(relaxed(states, weights), np.where(words[..., None], embedding[sampled.tokens], 0), atol=1e-6)
+    np.testing.assert_allclose(relaxed(states, weights), np.where(words[..., None], scale * embedding[sampled.tokens], 0), rtol=1e-6, atol=1e-6)
 
     found = jax.jit(jax.grad(lambda *args: jnp.sum(relaxed(*args) * weight), argnums=(0, 1)))(states, weights)
     logits, of_logits = jax.vjp(lambda *args: transformer.logits(GENERATOR, args[1], args[0]), states, weights)
@@ -206,7 +211,7 @@ def test_the_relaxed_prompt_has_the_value_of_its_tokens_and_the_gradient_of_the_
     z = np.where(np.array(frozen.allowed), np.array(logits) / 0.7 + noise, -np.inf)
     soft = np.exp(z - z.max(-1, keepdims=True))
     soft /= soft.sum(-1, keepdims=True)
-    back = np.array(weight) @ np.array(embedding).T  # d loss / d soft
+    back = scale * np.array(weight) @ np.array(embedding).T  # d loss / d soft
     expected = soft * (back - np.sum(soft * back, -1, keepdims=True)) / 0.7
     expected = of_logits(jnp.array(np.where(words[..., None], expected, 0), jnp.float32))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)

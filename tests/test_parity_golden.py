@@ -12,7 +12,7 @@ import pytest
 from metatuner_jax import decode, pretrained, transformer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "mistral_sliding", "gemma2", "gemma3")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -62,7 +62,7 @@ def test_smollm2_writes_greedily_what_torch_writes(smollm2, recorded):
 
     @jax.jit
     def write(params, tokens, mask):
-        x = transformer.embed(params["embed"]["embedding"], tokens, jnp.float32)
+        x = transformer.embed(config, params, tokens)
         return decode.sample(config, params, decode.prefill(config, params, x, mask), **settings).tokens
 
     written = np.asarray(write(params, tokens, mask))

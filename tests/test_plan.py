@@ -37,6 +37,15 @@ def with_layers(shared, private, actor):
     return make_setup(model=model, actor=dataclasses.replace(MODEL, num_layers=actor), generator={"num_shared": shared})
 
 
+def test_a_step_is_read_back_as_it_was_written_and_few_layers_slide_in_turns_as_all_do():
+    model = dataclasses.replace(MODEL, sliding_window=5, sliding_layers=(True, False, True) * 2 + (True, False), rope_scaling=(4.0, 1.0, 4.0, 24.0))
+    setup = make_setup(model=model)
+    again, lengths, mesh = compiled_lib.from_json(json.loads(json.dumps(compiled_lib.as_json(setup, LENGTHS, plan.Mesh(2, 1, 1)))))
+    assert (again.generator, again.actor, lengths, mesh.data) == (model, model, LENGTHS, 2)
+    assert compiled_lib.with_depths(setup, 1, 1, 9).generator.sliding_layers == (True, False)
+    assert compiled_lib.with_depths(setup, 1, 1, 9).actor.sliding_layers == (*model.sliding_layers, True)
+
+
 # --- against the compiler, for eight devices ---
 
 CASES = [("float32", "full", (8, 1, 1)), ("float32", "lora", (1, 8, 1)), ("bfloat16", "lora", (2, 2, 2))]

@@ -288,9 +288,20 @@ def test_shapes_of_every_family_are_read():
     assert (shape("mistral").head_width, shape("mistral").num_heads, shape("mistral").sliding_window) == (6, 5, None)
     assert (shape("qwen2").qkv_bias, shape("qwen2").qk_norm) == (True, False)
     assert (shape("qwen3").qkv_bias, shape("qwen3").qk_norm, shape("qwen3").head_width) == (False, True, 10)
+    assert (shape("mistral_sliding").sliding_window, shape("mistral_sliding").sliding_layers) == (6, None)
+    assert shape("gemma2") == ModelConfig(
+        "gemma2", vocab_size=73, num_layers=3, width=24, ff_width=34, num_heads=4, num_kv_heads=2, head_width=10, rope_theta=100.0, norm_eps=1e-2,
+        tied=True, sliding_window=5, sliding_layers=(True, False, True), max_positions=64, activation="gelu_tanh", norm_offset=1.0, post_norms=True,
+        scaled_embedding=True, query_scale=7.0, attention_cap=2.0, logit_cap=6.0,
+    )  # fmt: skip
+    assert shape("gemma3") == ModelConfig(
+        "gemma3_text", vocab_size=71, num_layers=4, width=18, ff_width=26, num_heads=3, num_kv_heads=1, head_width=8, rope_theta=1000.0,
+        rope_stretch=4.0, norm_eps=1e-3, tied=True, qk_norm=True, sliding_window=7, sliding_layers=(True, True, False, True), sliding_rope_theta=50.0,
+        max_positions=96, activation="gelu_tanh", norm_offset=1.0, post_norms=True, scaled_embedding=True, query_scale=5.0,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ("llama", "llama3", "mistral", "qwen2", "qwen3"))
+@pytest.mark.parametrize("name", ("llama", "llama3", "mistral", "qwen2", "qwen3", "mistral_sliding", "gemma2", "gemma3"))
 def test_the_config_we_write_is_the_config_we_read(name, tmp_path):
     config = pretrained.load_config(GOLDEN / name)
     (tmp_path / "config.json").write_text(json.dumps(pretrained.hf_config(config)))
@@ -304,6 +315,9 @@ def test_older_files_keep_rotary_settings_in_two_fields(tmp_path):
             tmp_path, "llama3", rope_parameters="absent", rope_theta=1000.0, rope_scaling={kind: "llama3", **scaling}
         )
         assert pretrained.load_config(folder) == pretrained.load_config(GOLDEN / "llama3")
+    local = {"rope_theta": 1000.0, "rope_local_base_freq": 50.0, "rope_scaling": {"factor": 4.0, "rope_type": "linear"}}
+    folder = config_folder(tmp_path, "gemma3", rope_parameters="absent", layer_types="absent", sliding_window_pattern=3, **local)
+    assert pretrained.load_config(folder) == pretrained.load_config(GOLDEN / "gemma3")
     folder = config_folder(tmp_path, "qwen2", rope_parameters="absent", rope_theta=31.0, rope_scaling=None)
     assert (pretrained.load_config(folder).rope_theta, pretrained.load_config(folder).rope_scaling) == (31.0, None)
 
@@ -315,21 +329,29 @@ def test_sparse_old_llama_configs_take_the_families_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family, changes, window",
+    "family, changes, window, layers",
     [
-        ("mistral", {"sliding_window": 17}, 17),
-        ("qwen2", {"sliding_window": 17, "use_sliding_window": False}, None),
-        ("qwen2", {"sliding_window": 17, "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}, 17),
-        ("qwen2", {"sliding_window": 17, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None}, None),
+        ("mistral", {"sliding_window": 17}, 17, None),
+        ("qwen2", {"sliding_window": 17, "use_sliding_window": False}, None, None),
+        ("qwen2", {"sliding_window": 17, "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}, 17, (False, True)),
+        ("qwen2", {"sliding_window": 17, "use_sliding_window": True, "max_window_layers": 0, "layer_types": None}, 17, None),
+        ("qwen2", {"sliding_window": 17, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None}, None, None),
         (
             "qwen3",
             {"sliding_window": 9, "use_sliding_window": True, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
             9,
+            (False, False, True),
         ),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, None, None),
+        ("gemma3", {"layer_types": ["sliding_attention"] * 4}, 7, None),
     ],
 )
-def test_a_sliding_window_is_kept_where_a_layer_uses_it(tmp_path, family, changes, window):
-    assert pretrained.load_config(config_folder(tmp_path, family, **changes)).sliding_window == window
+def test_a_sliding_window_is_kept_where_a_layer_uses_it(tmp_path, family, changes, window, layers):
+    config = pretrained.load_config(config_folder(tmp_path, family, **changes))
+    assert (config.sliding_window, config.sliding_layers, config.sliding_rope_theta) == (window, layers, None)
+    assert config.rope_theta == {"gemma3": 50.0}.get(family, config.rope_theta)  # that of the layers there are
+    (tmp_path / "config.json").write_text(json.dumps(pretrained.hf_config(config)))
+    assert pretrained.load_config(tmp_path) == config
 
 
 def rope(**parameters):
@@ -352,7 +374,6 @@ def rope(**parameters):
         ("llama", {"num_key_value_heads": 4}, "num_key_value_heads=4"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", rope(rope_type="default", partial_rotary_factor=0.25), "partial_rotary_factor=0.25"),
-        ("llama", rope(rope_type="linear", factor=2.0), "rope_type='linear'"),
         ("llama", rope(rope_type="dynamic", factor=2.0), "rope_type='dynamic'"),
         ("qwen2", rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16), "rope_type='yarn'"),
         (
@@ -360,10 +381,20 @@ def rope(**parameters):
             rope(rope_type="longrope", factor=2.0, short_factor=[1, 1], long_factor=[2, 2], original_max_position_embeddings=32),
             "rope_type='longrope'",
         ),
-        ("llama", {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ("llama", {"rope_parameters": "absent", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ("qwen2", rope(rope_type="default", mrope_section=[1, 1, 2]), "mrope_section=[1, 1, 2]"),
         ("llama", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types="),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ("gemma2", {"layer_types": ["full_attention", "chunked_attention", "sliding_attention"]}, "layer_types="),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3", {"architectures": ["Gemma3TextModel"]}, "architectures=['Gemma3TextModel']"),
+        ("gemma3", {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "text_config=None"),
+        (
+            "gemma3",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters=",
+        ),
     ],
 )
 def test_what_we_do_not_compute_is_refused_by_name(tmp_path, family, changes, field):
@@ -391,6 +422,22 @@ def test_kernels_are_transposed_and_stacked():
         params["layers"]["mlp_norm"]["scale"][0], tensors["model.layers.0.post_attention_layernorm.weight"]
     )
     np.testing.assert_array_equal(params["embed"]["embedding"], tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("order", ("language_model.model", "model.language_model"), ids=("old", "new"))
+def test_of_a_model_that_reads_images_too_the_language_model_is_read(tmp_path, order):
+    tensors, raw = read_tensors(GOLDEN / "gemma3"), json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": raw, "vision_config": {"model_type": "siglip_vision_model"}}
+    named = {order + name.removeprefix("model"): array for name, array in tensors.items()}
+    vision = "model.vision_tower." if order.startswith("model") else "vision_tower."
+    named |= {f"{vision}encoder.weight": np.zeros((3, 2), np.float32), vision.replace("vision_tower", "multi_modal_projector") + "weight": np.zeros(2, np.float32)}
+    config, params = load_numpy(write_folder(tmp_path, named, whole))
+    again, expected = load_numpy(GOLDEN / "gemma3")
+    assert pretrained.text_only(config) == again and config.family == "gemma3"
+    assert_same(params, expected)
+    named |= {f"{order}.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
+    with pytest.raises(ValueError, match="superfluous: model.language_model.layers.0.self_attn.q_proj.bias"):
+        load_numpy(write_folder(tmp_path, named, whole))
 
 
 @pytest.mark.parametrize("kind", (np.float32, np.float16, ml_dtypes.bfloat16))
@@ -586,6 +633,12 @@ def test_llama_3_scaling_is_read_from_the_divisors(tmp_path):
     path = write_gguf(tmp_path / "b.gguf", GOLDEN / "llama3", functools.partial(scaled, divisors=(1, 1, 5, 8)))
     with pytest.raises(ValueError, match=r"rope_freqs.weight=\[1.0, 1.0, 5.0, 8.0\] is not supported"):
         pretrained.load_config(path)
+
+
+def test_a_gguf_file_does_not_say_which_layers_slide_and_limits_rows_to_the_window(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", GOLDEN / "qwen2", lambda fields, _: fields.update({"qwen2.attention.sliding_window": 17}))
+    config = pretrained.load_config(path)
+    assert (config.sliding_window, config.max_positions) == (None, 17)
 
 
 def setting(name, value):

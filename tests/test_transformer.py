@@ -12,6 +12,9 @@ from metatuner_jax import decode, lora, transformer
 from metatuner_jax.config import projection_widths
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+# The same weights in a model some of whose layers look no further back than four tokens, and turn by a base of their own.
+WINDOWED = dataclasses.replace(ACTOR, sliding_window=4, sliding_layers=(True, False, True), sliding_rope_theta=50.0)
+models = pytest.mark.parametrize("model", [ACTOR, WINDOWED], ids=["full", "sliding"])
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +61,18 @@ def test_one_lora_for_all_rows_equals_the_same_lora_for_each(params, tokens):
     np.testing.assert_allclose(one, many, atol=1e-5)
 
 
-def test_cut_stack_composes_to_the_whole(params, tokens):
+@models
+def test_cut_stack_composes_to_the_whole(params, tokens, model):
     layers = params["layers"]
     halves = {**params, "layers": (transformer.cut(layers, 0, 1), transformer.cut(layers, 1, 3))}
     loras = loras_for(3)
-    np.testing.assert_allclose(
-        forward(ACTOR, params, tokens, None, loras), forward(ACTOR, halves, tokens, None, loras), atol=1e-6
-    )
+    whole = forward(model, params, tokens, None, loras)
+    np.testing.assert_allclose(whole, forward(model, halves, tokens, None, loras), atol=1e-6)
+    mask = jnp.ones(tokens.shape, bool)
+    context, x = transformer.make_context(model, transformer.positions_of(mask), transformer.causal(mask)), transformer.embed(model, params, jnp.array(tokens))
+    for half, ends in zip(halves["layers"], ((0, 1), (1, 3))):
+        x, _ = transformer.run(model, half, x, context, transformer.cut(loras, *ends), first=ends[0])
+    np.testing.assert_allclose(whole, transformer.logits(model, params, x), atol=1e-6)
 
 
 def test_remat_changes_neither_scores_nor_gradients(params, tokens):
@@ -79,18 +87,21 @@ def test_remat_changes_neither_scores_nor_gradients(params, tokens):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found[0], other)
 
 
-@pytest.mark.parametrize("at_once", [3, 7, 32])
-def test_log_likelihoods_and_their_gradients_are_those_of_all_scores_at_once(params, monkeypatch, at_once):
+@pytest.mark.parametrize("at_once, cap", [(3, None), (7, None), (32, None), (3, 0.5)])
+def test_log_likelihoods_and_their_gradients_are_those_of_all_scores_at_once(params, monkeypatch, at_once, cap):
     monkeypatch.setattr(transformer, "SCORED_TOKENS", at_once)
+    model = dataclasses.replace(ACTOR, logit_cap=cap)
+    params = {**params, "head": {"kernel": 10 * params["head"]["kernel"]}}
     rng = np.random.default_rng(3)
     x, targets = jnp.array(rng.normal(size=(2, 7, ACTOR.width)), jnp.float32), jnp.array(rng.integers(0, ACTOR.vocab_size, (2, 7)))
     weights = jnp.array(rng.normal(size=(2, 7)), jnp.float32)
 
     def expected(x, params):
-        scores = jax.nn.log_softmax(transformer.logits(ACTOR, params, x), axis=-1)
+        plain = transformer.logits(ACTOR, params, x)
+        scores = jax.nn.log_softmax(plain if cap is None else cap * jnp.tanh(plain / cap), axis=-1)
         return jnp.sum(weights * jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0])
 
-    found = lambda x, params: jnp.sum(weights * transformer.log_likelihoods(ACTOR, params, x, targets))
+    found = lambda x, params: jnp.sum(weights * transformer.log_likelihoods(model, params, x, targets))
     pairs = (jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(x, params) for function in (found, expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *pairs)
 
@@ -104,11 +115,28 @@ def test_padding_anywhere_changes_no_real_token(params, tokens, holes):
     np.testing.assert_allclose(padded[:, mask], short, atol=1e-5)
 
 
-def test_rows_longer_than_the_sliding_window_are_refused(params, tokens):
-    windowed = dataclasses.replace(ACTOR, sliding_window=8)
-    with pytest.raises(ValueError, match="sliding_window=8 .* longest row .9 tokens"):
-        transformer.forward(windowed, params, tokens)
-    assert transformer.forward(dataclasses.replace(ACTOR, sliding_window=9), params, tokens).shape == (3, 9, ACTOR.vocab_size)
+@pytest.mark.parametrize("holes", [(), (2, 5)], ids=["dense", "holes"])
+def test_sliding_layers_see_the_newest_tokens_of_a_row(params, tokens, holes):
+    """Three layers that see two tokens before their own carry what a token says six positions on, and no further."""
+    windowed, mask = dataclasses.replace(ACTOR, sliding_window=3), np.ones((1, 9), bool)
+    mask[:, list(holes)] = False
+    other = np.where(np.arange(9) == 0, (tokens[:1] + 1) % ACTOR.vocab_size, tokens[:1])
+    change = np.abs(np.array(forward(windowed, params, tokens[:1], mask, None)) - forward(windowed, params, other, mask, None)).max(axis=-1)[mask]
+    assert (change[:7] > 1e-6).all() and (change[7:] == 0).all() and len(change) == 9 - len(holes)
+
+
+def test_a_window_that_no_row_reaches_changes_nothing(params, tokens):
+    near = dataclasses.replace(ACTOR, sliding_window=9, sliding_layers=(True, False, True))
+    programs = [str(jax.make_jaxpr(lambda tokens, model=model: transformer.forward(model, params, tokens))(tokens)) for model in (near, ACTOR)]
+    assert programs[0] == programs[1]
+
+
+def test_the_embeddings_scale_is_rounded_to_the_type_of_the_weights():
+    model = dataclasses.replace(ACTOR, width=3072, scaled_embedding=True)
+    table = jnp.array(np.random.default_rng(0).normal(size=(5, 3072)), jnp.bfloat16)
+    found = transformer.embed(model, {"embed": {"embedding": table}}, jnp.array([[3]]))
+    np.testing.assert_array_equal(found[0, 0], table[3] * jnp.bfloat16(55.5))  # not 55.4256
+    assert found.dtype == jnp.bfloat16
 
 
 def test_parameter_tree_is_as_written_here(params):
@@ -171,18 +199,18 @@ def test_mean_delta_at_full_rank_is_the_mean_of_the_dense_deltas():
 def run_sample(params, tokens, mask, **settings):
     allowed = settings.pop("allowed", np.ones(ACTOR.vocab_size, bool))
     settings = {"max_new_tokens": 6, "end_id": END, **settings}
-    loras = settings.pop("loras", None)
+    loras, model = settings.pop("loras", None), settings.pop("model", ACTOR)
 
     @jax.jit
     def run(params, tokens, mask):
-        prefill = read(ACTOR, params, tokens, mask, loras)
-        return decode.sample(ACTOR, params, prefill, allowed=jnp.array(allowed), loras=loras, **settings)
+        prefill = read(model, params, tokens, mask, loras)
+        return decode.sample(model, params, prefill, allowed=jnp.array(allowed), loras=loras, **settings)
 
     return run(params, tokens, mask)
 
 
 def read(config, params, tokens, mask, loras=None):
-    return decode.prefill(config, params, transformer.embed(params["embed"]["embedding"], jnp.array(tokens), jnp.float32), jnp.array(mask), loras)
+    return decode.prefill(config, params, transformer.embed(config, params, jnp.array(tokens)), jnp.array(mask), loras)
 
 
 @pytest.fixture(scope="module")
@@ -193,15 +221,16 @@ def left_padded(tokens):
 
 
 @pytest.mark.smoke
+@models
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
-def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded, layers):
+def test_cached_greedy_decoding_equals_the_full_forward(params, left_padded, layers, model):
     tokens, mask = left_padded
     loras = loras_for(3)
-    out = run_sample(params, tokens, mask, loras=loras, layers=layers)
+    out = run_sample(params, tokens, mask, loras=loras, layers=layers, model=model)
     for row in range(3):
         ids, mine = list(tokens[row, mask[row]]), jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
         for step in range(6):
-            token = int(np.argmax(scores_of(ACTOR, params, ids, mine)[-1]))
+            token = int(np.argmax(scores_of(model, params, ids, mine)[-1]))
             assert int(out.tokens[row, step]) == token
             ids.append(token)
             if token == END:
@@ -229,17 +258,18 @@ def test_copies_of_rows_that_were_read_once_are_as_if_read_one_by_one(params, le
     assert not np.array_equal(once.tokens[0], once.tokens[1])
 
 
-def test_segments_that_follow_see_the_rows_and_not_each_other(params, left_padded):
+@models
+def test_segments_that_follow_see_the_rows_and_not_each_other(params, left_padded, model):
     tokens, mask = left_padded
     rng = np.random.default_rng(8)
     segments = [(jnp.array(rng.integers(3, 61, (3, m))), jnp.ones((3, m), bool)) for m in (4, 3)]
     loras = loras_for(3)
-    states = jax.jit(lambda p: decode.follow(ACTOR, p, read(ACTOR, p, tokens, mask, loras), segments, loras))(params)
+    states = jax.jit(lambda p: decode.follow(model, p, read(model, p, tokens, mask, loras), segments, loras))(params)
     for row in range(3):
         ids, mine = tokens[row, mask[row]], jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
         for found, (segment, _) in zip(states, segments):
-            alone = scores_of(ACTOR, params, [*ids, *segment[row]], mine)[len(ids) - 1 : -1]
-            np.testing.assert_allclose(transformer.logits(ACTOR, params, found[row : row + 1])[0], alone, atol=3e-5)
+            alone = scores_of(model, params, [*ids, *segment[row]], mine)[len(ids) - 1 : -1]
+            np.testing.assert_allclose(transformer.logits(model, params, found[row : row + 1])[0], alone, atol=3e-5)
 
 
 def test_a_row_that_ended_writes_only_end_tokens(params, left_padded):
@@ -252,15 +282,15 @@ def test_a_row_that_ended_writes_only_end_tokens(params, left_padded):
     assert np.all(np.array(out.tokens[0, first:]) == end)
 
 
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
-def test_rows_that_take_the_places_of_others_write_what_they_write_alone(params, layers):
+@pytest.mark.parametrize("layers, model", [("scan", ACTOR), ("unroll", ACTOR), ("scan", WINDOWED)], ids=["scan", "unroll", "sliding"])
+def test_rows_that_take_the_places_of_others_write_what_they_write_alone(params, layers, model):
     count, slots, rng = 24, 2, np.random.default_rng(3)
     tokens = rng.integers(3, ACTOR.vocab_size, (count, 5)).astype(np.int32)
     mask = np.arange(5) >= rng.integers(0, 3, (count, 1))
     allowed = np.isin(np.arange(ACTOR.vocab_size), [END, 10, 20, 30, 40])
     how = {"end_id": END, "allowed": jnp.array(allowed), "key": jax.random.key(4), "temperature": 2.0}
     loras = loras_for(count)
-    alone = run_sample(params, tokens, mask, loras=loras, rows=jnp.arange(count), max_new_tokens=7, **how)
+    alone = run_sample(params, tokens, mask, loras=loras, rows=jnp.arange(count), max_new_tokens=7, model=model, **how)
     lengths = np.array(alone.mask).sum(axis=1)
     assert lengths.min() < 3 and lengths.max() == 7
 
@@ -268,13 +298,13 @@ def test_rows_that_take_the_places_of_others_write_what_they_write_alone(params,
 
     @jax.jit
     def begin(row, tokens, mask, mine):
-        return decode.begin(ACTOR, params, read(ACTOR, params, tokens, mask, mine), max_new_tokens=7, rows=row, layers=layers, **how)
+        return decode.begin(model, params, read(model, params, tokens, mask, mine), max_new_tokens=7, rows=row, layers=layers, **how)
 
     def fresh(row):
         mine = jax.tree.map(lambda leaf: leaf[:, row : row + 1], loras)
         return begin(jnp.array([row]), tokens[row : row + 1], mask[row : row + 1], mine), mine
 
-    advance = jax.jit(lambda state, loras, until: decode.advance(ACTOR, written_by, state, loras=loras, until=until, **how))
+    advance = jax.jit(lambda state, loras, until: decode.advance(model, written_by, state, loras=loras, until=until, **how))
     refill, steps = jax.jit(decode.refill), 0
     state, its = decode.vacant(*fresh(0), slots)
     waiting, holds = list(range(count)), {}  # slot -> row

@@ -49,7 +49,7 @@ def test_both_decode_the_same_greedy_tokens():
 
     @jax.jit
     def ours(params):
-        x = transformer.embed(params["embed"]["embedding"], jnp.array(tokens), jnp.float32)
+        x = transformer.embed(model, params, jnp.array(tokens))
         start = decode.prefill(model, params, x, jnp.ones(tokens.shape, bool))
         return decode.sample(model, params, start, max_new_tokens=8, end_id=bench.END, allowed=work.frozen.allowed).tokens
 

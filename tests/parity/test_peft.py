@@ -5,10 +5,12 @@ import peft
 import pytest
 import torch
 import transformers
+from small_gemma import save_gemma
 from small_runs import command, own_logits, start
 
 import metatuner_jax as mt
 from experiments import export
+from metatuner_jax import pretrained
 
 pytestmark = [
     pytest.mark.usefixtures("compiled"),
@@ -41,3 +43,36 @@ def test_an_exported_adapter_gives_torch_our_logits(settings, root, tmp_path):
             assert difference < 1e-4
         assert np.abs(ours - own_logits(tuner, tokens)).max() > 0.01
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / f"merged-{name}").chat_template
+
+
+@pytest.mark.parametrize("sees", [False, True], ids=["gemma3_text", "gemma3"])
+def test_what_is_exported_of_gemma_gives_torch_our_logits(sees, root, tmp_path):
+    """Also where the base is a model that reads images, whose language model alone has a LoRA."""
+    model = save_gemma(tmp_path / "model")
+    if sees:
+        text = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 28, "patch_size": 14}
+        whole = transformers.Gemma3Config(text_config=text.config.to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_index=300)
+        whole = transformers.Gemma3ForConditionalGeneration(whole)
+        whole.model.language_model.load_state_dict(text.model.state_dict())
+        whole.save_pretrained(model)
+    run, models = tmp_path / "run", (f"generator.model={model}", f"actor.model={model}")
+    code, said = start(command(root, run, *models, TARGETS, "method=sft", "train.learning_rate=0.02", "eval.num_bootstrap=10"))
+    assert code == 0, said
+    tuner = mt.Tuner.load(run)
+    assert tuner.setup.actor.family == ("gemma3" if sees else "gemma3_text")
+    tokens = np.random.default_rng(0).integers(6, 300, (3, 17))
+    ours = own_logits(tuner, tokens, tuner.mean_lora())
+    assert np.abs(ours - own_logits(tuner, tokens)).max() > 0.01
+    for kind, read in (("peft", peft.AutoPeftModelForCausalLM), ("merged", transformers.AutoModelForCausalLM)):
+        assert export.main([f"--workdir={run}", f"--to={kind}", f"--out={tmp_path / kind}"]) == 0
+        found = read.from_pretrained(tmp_path / kind, dtype=torch.float32).eval()
+        with torch.no_grad():
+            difference = np.abs(found(torch.from_numpy(tokens)).logits.numpy() - ours).max()
+        print(f"{kind}: greatest difference {difference:.1e} of logits up to {np.abs(ours).max():.1f}")
+        assert difference < 1e-4
+        adapted = [name for name, _ in found.named_modules() if name.endswith("lora_A")]
+        assert len(adapted) == 7 * 3 * (kind == "peft")
+    assert pretrained.load_config(tmp_path / "merged").family == "gemma3_text"
+    assert found.generation_config.eos_token_id == [1, tuner.tokens.end_id]
