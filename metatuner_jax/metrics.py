@@ -112,8 +112,9 @@ def _start_wandb(workdir, config):
     path = workdir / "wandb_id"
     with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(secrets.token_hex(8))
-    # Its files go elsewhere than into its folder in the working directory, which is not the run's.
-    return wandb.init(
-        project=config.train.wandb, id=path.read_text(encoding="utf-8"), name=workdir.name, resume="allow", config=config_lib.plain(config),
-        dir=str(workdir),
-    )  # fmt: skip
+    how = {"project": config.train.wandb, "id": path.read_text(encoding="utf-8"), "name": workdir.name, "resume": "allow"}
+    try:
+        return wandb.init(**how, config=config_lib.plain(config), dir=str(workdir))
+    except Exception as error:  # it has kinds of its own: nobody is logged in, there is no network
+        text = " ".join(str(error).split())
+        raise RuntimeError(f"train.wandb={config.train.wandb!r}: {text}; log in, set WANDB_MODE=offline, or train.wandb=none") from error
