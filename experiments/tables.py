@@ -5,36 +5,11 @@ import re
 from experiments import run
 from experiments import summary as summary_lib
 from metatuner_jax import config as config_lib
+from metatuner_jax.report import DASH, bounds, duration, number, percent
 
 GOAL = 0.10  # of relative gain over the best rival
-DASH = "–"
 
 # --- text ---
-
-
-def percent(share, sign="") -> str:
-    """Returns a share in percent with one decimal, without the sign `%`."""
-    return DASH if share is None else f"{round(100 * share, 1) + 0.0:{sign}.1f}"  # + 0.0: no "-0.0"
-
-
-def bounds(ci95) -> str:
-    return DASH if ci95 is None else f"[{percent(ci95[0])}, {percent(ci95[1])}]"
-
-
-def number(value) -> str:
-    """Returns a count for people: 1,234 or 12.3 million."""
-    if value is None:
-        return DASH
-    return f"{value / 1e6:,.1f} million" if value >= 1e6 else f"{value:,.0f}"
-
-
-def duration(seconds) -> str:
-    if seconds is None:
-        return DASH
-    minutes = round(seconds / 60)
-    return (
-        f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
 
 
 def rate(v) -> str:

@@ -8,8 +8,8 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "checkpoint", "config", "data", "decode", "evaluate", "generator", "job", "lora", "losses", "methods", "networks", "pretrained", "rollout",
-    "search", "sharding", "tasks", "train", "transformer", "tuner",
+    "checkpoint", "config", "data", "decode", "evaluate", "generator", "job", "lora", "losses", "methods", "networks", "plots", "pretrained",
+    "report", "rollout", "search", "sharding", "tasks", "train", "transformer", "tuner",
 )  # fmt: skip
 _NAMES = ("Answer", "Tuner")  # of `tuner`
 
