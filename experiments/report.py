@@ -175,7 +175,7 @@ def scores(runs, ended) -> str:
     for name, run in runs.items():
         shown = [run.results.get(key) for key in ("before", "after", "after_flexible")]
         found = [f"{percent(score['mean'])}%" if score else DASH for score in shown]
-        ci95, n = (bounds(shown[1]["ci95"]), str(shown[1]["n"])) if shown[1] else (DASH, DASH)
+        ci95, n = (bounds(shown[1]["ci95"]), number(shown[1]["n"])) if shown[1] else (DASH, DASH)
         validation = run.results.get("validation")
         rows.append([name, run.config["method"], str(run.config["seed"]), found[0], found[1], ci95, n, found[2], f"{percent(validation['mean'])}%" if validation else DASH])
     head = ["run", "method", "seed", "before", "after", "95% interval", "queries", "after, flexible", "validation"]
@@ -185,7 +185,7 @@ def scores(runs, ended) -> str:
 def paired(pairs) -> str:
     rows = []
     for name, other, found in pairs:
-        told = [f"{percent(found['difference'], '+')}", bounds(found["ci95"]), str(found["pairs"])] if found else [DASH, DASH, "scores not kept"]
+        told = [f"{percent(found['difference'], '+')}", bounds(found["ci95"]), number(found["pairs"])] if found else [DASH, DASH, "scores not kept"]
         rows.append([f"{name} minus {other}", *told])
     note = "The first run’s score minus the second’s on the same test queries, in points. The interval resamples the queries; where it holds 0, the difference may be chance. What another seed would change is not in it."
     return f'<p class="soft">{note}</p>{report.rows_table(["", "difference", "95% interval", "queries"], rows)}'
@@ -238,7 +238,7 @@ def controls(ended) -> str:
     rows = []
     for name, run in ended.items():
         prompts = run.results["prompts"]
-        rows.append([name, str(prompts["distinct"]), str(run.results["after"]["n"]), f"{percent(prompts['share_initial'])}%", f"{prompts['mean_tokens']:.1f}"])
+        rows.append([name, number(prompts["distinct"]), number(run.results["after"]["n"]), f"{percent(prompts['share_initial'])}%", f"{prompts['mean_tokens']:.1f}"])
     said = "".join(f"<details><summary>What the controls of {html.escape(name)} say</summary><ul class=found>{''.join(f'<li>{text}</li>' for text in report.findings(run))}</ul></details>" for name, run in ended.items())
     return f'<div class="plots">{"".join(found)}</div>{report.rows_table(["prompts", "different", "queries", "initial", "tokens on average"], rows)}{said}'
 
@@ -275,10 +275,10 @@ def disagreements(ended, pairs) -> str:
         query = report.text_of(line["query"], same) + f'<p class="long"><small>Reference: {html.escape(str(line["reference"]))}</small></p>'
         rows.append(report.query_row(id, kinds, sum(given) / len(given), [("Query", query), *((name, answer_of(answer)) for name, answer in answers.items())]))
     if not rows:
-        return f"<p>On all {total} test queries {html.escape(', '.join(alike))} have the same score.</p>"
+        return f"<p>On all {total:,} test queries {html.escape(', '.join(alike))} have the same score.</p>"
     kinds = {f"{report.short(name, 24)} alone is best": (f"best-{i}", counts[name]) for i, name in enumerate(alike)}
     left = [name for name in ended if name not in alike]
-    note = f"{len(rows)} of {total} test queries on which the scores of {', '.join(alike)} differ." + (f" {', '.join(left)} left no answers to these queries." if left else "")
+    note = f"{len(rows):,} of {total:,} test queries on which the scores of {', '.join(alike)} differ." + (f" {', '.join(left)} left no answers to these queries." if left else "")
     return f'<p class="soft">{html.escape(note)}</p>{report.query_table(["", "Query", *alike], rows, kinds)}'
 
 

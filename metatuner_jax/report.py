@@ -136,7 +136,7 @@ def panels_of(run: Run) -> dict[str, list[plots.Panel]]:
 
 def before_after(results) -> list[plots.Panel]:
     rows = [(name.replace("_", ", "), results[name], "grey" if name.startswith("before") else "blue") for name in ("before", "after", "before_flexible", "after_flexible")]
-    note = f"Share of {results['after']['n']} unseen test queries that are answered rightly. {INTERVAL}. Flexible scoring forgives the form of an answer: what it adds before and not after is format alone."
+    note = f"Share of {results['after']['n']:,} unseen test queries that are answered rightly. {INTERVAL}. Flexible scoring forgives the form of an answer: by what it adds before, training has taught format alone."
     found = [plots.bars("Before and after", note, rows)]
     if results.get("parts"):
         rows = [(f"{short(part, 24)}, {when}", scores[when], {"before": "grey", "after": "blue"}[when]) for part, scores in results["parts"].items() for when in ("before", "after")]
@@ -250,7 +250,7 @@ def opening(run: Run) -> str:
         return f'<p class="lead"><b>{percent(found["mean"])}%</b> of {found["n"]} validation queries are answered rightly.</p><p>The run was asked for no test scores (eval.report=validation).</p>'
     before, after = results["before"], results["after"]
     graded = any(score not in (0, 1) for score in results.get("scores", {}).values())
-    what = f"is the mean score on {after['n']} unseen queries" if graded else f"of {after['n']} unseen queries are answered rightly"
+    what = f"is the mean score on {after['n']:,} unseen queries" if graded else f"of {after['n']:,} unseen queries are answered rightly"
     if not (run.method.learns or run.method.prompt == "searched"):
         return f'<p class="lead"><b>{percent(after["mean"])}%</b> {what} by the bare model under the initial prompt.</p><p>95% interval {bounds(after["ci95"])}. {html.escape(run.config["method"])} learns nothing, so before and after are one.</p>'
     verdict, words = standing(after, before, gain_of(run, "before"))
@@ -322,11 +322,11 @@ def findings(run: Run) -> list[str]:
     if method.prompt == "searched":
         found.append(f"<b>One prompt was found for all queries</b>{', the initial one' if prompts['share_initial'] == 1 else ''}.")
     elif prompts["distinct"] == 1 and prompts["share_initial"] == 1:
-        found.append(f"<b>The written prompts have collapsed:</b> all {n} queries get the initial prompt, so the three prompt scores are one.")
+        found.append(f"<b>The written prompts have collapsed:</b> all {n:,} queries get the initial prompt, so the three prompt scores are one.")
     elif prompts["distinct"] == 1:
-        found.append(f"<b>The written prompts have collapsed:</b> all {n} queries get one and the same.")
+        found.append(f"<b>The written prompts have collapsed:</b> all {n:,} queries get one and the same.")
     else:
-        found.append(f"<b>{prompts['distinct']} different prompts were written for {n} queries</b>, {percent(prompts['share_initial'])}% of them the initial one, {prompts['mean_tokens']:.1f} tokens on average.")
+        found.append(f"<b>{prompts['distinct']} different prompts were written for {n:,} queries</b>, {percent(prompts['share_initial'])}% of them the initial one, {prompts['mean_tokens']:.1f} tokens on average.")
         add(
             "prompt", "shuffled", "another query’s prompt in place of its own", above="The prompt depends on the query.", below="Another query’s prompt does better.",
             same="The prompt does not depend on the query, as far as scores tell.", open="That the prompt depends on the query does not show.",
@@ -420,7 +420,7 @@ def rows_table(head, rows, kind: str = "figures") -> str:
 
 def score_table(results, names) -> str:
     scores = [results[name] for name in names]
-    return rows_table(["", "score", "95% interval", "queries"], [[name.replace("_", ", "), percent(s["mean"]) + "%", bounds(s["ci95"]), str(s["n"])] for name, s in zip(names, scores)])
+    return rows_table(["", "score", "95% interval", "queries"], [[name.replace("_", ", "), percent(s["mean"]) + "%", bounds(s["ci95"]), number(s["n"])] for name, s in zip(names, scores)])
 
 
 def control_table(run: Run, kind: str) -> str:
