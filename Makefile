@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy metatuner_jax experiments
 
-# The server's page in a real browser, which is to be on the PATH as `chromium` (apt-get install chromium).
+# The server's page and reports in a real browser, which is to be on the PATH as `chromium` (apt-get install chromium).
 browser: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet playwright
 	$(BIN)/python -m pytest tests/browser

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from experiments import report, run, summary
+from experiments import run, summary, tables
 from metatuner_jax import config as config_lib
 from metatuner_jax import files
 from metatuner_jax import workdir as workdir_lib
@@ -343,7 +343,7 @@ def left(runs, took) -> str:
     """Returns how long these runs will take, as text."""
     seconds = [estimate(one, took) for one in runs]
     known = [s for s in seconds if s is not None]
-    text = f"about {report.duration(sum(known))}" if known else ""
+    text = f"about {tables.duration(sum(known))}" if known else ""
     guessed = sum(s is not None and one.kind not in took for one, s in zip(runs, seconds))
     if guessed:
         text += f" ({guessed} run{'s' * (guessed > 1)} guessed from others)"
@@ -366,7 +366,7 @@ def plan(grid, searches) -> str:
             undone.append(one)
             seconds = estimate(one, took)
             begun = ", begun" if (one.folder / "config.json").exists() else ""
-            expected = "no run like it is done yet" if seconds is None else f"about {report.duration(seconds)}"
+            expected = "no run like it is done yet" if seconds is None else f"about {tables.duration(seconds)}"
             lines.append(f"  left  {one.name}{begun}: {expected}")
     return "\n".join([*lines, f"{len(runs) - len(undone)} of {len(runs)} runs are done; left: {left(undone, took)}"])
 
@@ -375,7 +375,7 @@ def outcome(results) -> str:
     """Returns a finished run in a few words."""
     which = "after" if "after" in results else "validation"
     rows = "" if which == "after" else " of validation rows"
-    return f"{report.percent(results[which]['mean'])}%{rows} in {report.duration(results['wall_s'])}"
+    return f"{tables.percent(results[which]['mean'])}%{rows} in {tables.duration(results['wall_s'])}"
 
 
 def work(grid, searches, asked) -> int:
@@ -398,7 +398,7 @@ def work(grid, searches, asked) -> int:
     failed += do(runs, [], grid)
     done = sum(bool(one.results()) for one in runs)
     if done:
-        print("\n" + report.score_table(summarise(grid)))
+        print("\n" + tables.score_table(summarise(grid)))
     print(f"\n{done} of {len(grid.variants) * len(grid.seeds)} runs are done. Everything is in {grid.workdir}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -422,7 +422,7 @@ def do(runs, later, grid) -> list[str]:
             code = start(["--config", str(grid.config), "--workdir", str(one.folder), *settings], log)
             if code or not one.results():
                 failed.append(one.name)
-                took = report.duration(time.perf_counter() - began)
+                took = tables.duration(time.perf_counter() - began)
                 print(f"  failed with exit code {code} after {took}: {last_line(log)}", flush=True)
                 continue
             print(f"  {outcome(one.results())}", flush=True)
@@ -457,8 +457,8 @@ def summarise(grid) -> dict:
     """Writes the figures, the tables and the plot of what is done, publishes the plot, and returns the figures."""
     figures = summary.summarise(grid.workdir)
     files.write_json(grid.workdir / "comparison.json", figures)
-    (grid.workdir / "table.md").write_text(report.tables(figures) + "\n", encoding="utf-8")
-    report.draw(figures, grid.workdir / "comparison.png")
+    (grid.workdir / "table.md").write_text(tables.tables(figures) + "\n", encoding="utf-8")
+    tables.draw(figures, grid.workdir / "comparison.png")
     if grid.publish:
         shutil.copyfile(grid.workdir / "comparison.png", grid.publish / "comparison.png")
     return figures
@@ -469,7 +469,7 @@ def write_report(results) -> int:
     if not results.is_dir():
         raise run.Mistake(f"--results={results} is no folder: name the one with the published runs")
     path = results.parent / "RESULTS.md"
-    path.write_text(report.write(results), encoding="utf-8")
+    path.write_text(tables.write(results), encoding="utf-8")
     print(f"{path} is written")
     return 0
 

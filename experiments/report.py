@@ -1,384 +1,292 @@
-"""What a comparison says: its tables, its plot, and RESULTS.md out of the committed results."""
+"""Shows what runs did as a page of HTML that needs nothing else: one run, or several beside each other.
 
-import re
+    python -m experiments.report runs/quickstart
+    python -m experiments.report runs/a runs/b runs/c --out comparison.html
+"""
 
-from experiments import run
-from experiments import summary as summary_lib
-from metatuner_jax import config as config_lib
+import html
+import itertools
+import pathlib
+import sys
 
-GOAL = 0.10  # of relative gain over the best rival
-DASH = "–"
+from experiments import run as run_lib
+from experiments import summary
+from metatuner_jax import files, plots, report
+from metatuner_jax import workdir as workdir_lib
+from metatuner_jax.report import DASH, bounds, duration, number, percent
 
-# --- text ---
+USAGE = """usage: python -m experiments.report RUN [RUN ...] [--out FILE]
 
+Of one run, writes report.html and plots/ into its folder anew, as a run does at its end; of a run that has not ended, what there is so far. Of several
+runs, writes one page that compares them: scores with intervals, settings in which they differ, learning curves, differences query by query where they
+have the same test queries, controls, cost, and the queries on which they disagree. Folders with config.json and results.json alone will do, such as
+results/quickstart.
 
-def percent(share, sign="") -> str:
-    """Returns a share in percent with one decimal, without the sign `%`."""
-    return DASH if share is None else f"{round(100 * share, 1) + 0.0:{sign}.1f}"  # + 0.0: no "-0.0"
-
-
-def bounds(ci95) -> str:
-    return DASH if ci95 is None else f"[{percent(ci95[0])}, {percent(ci95[1])}]"
-
-
-def number(value) -> str:
-    """Returns a count for people: 1,234 or 12.3 million."""
-    if value is None:
-        return DASH
-    return f"{value / 1e6:,.1f} million" if value >= 1e6 else f"{value:,.0f}"
-
-
-def duration(seconds) -> str:
-    if seconds is None:
-        return DASH
-    minutes = round(seconds / 60)
-    return (
-        f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+  --out FILE   the page (default: report.html in the folder of the one run; comparison.html here for several). A file that is there is replaced if it
+               is such a page, and left alone if it is anything else. Of one run, no plots/ are written with it
+  --help       this text
+"""
+KIND = "comparison"
 
 
-def rate(v) -> str:
-    return DASH if v["learning_rate"] is None else f"{v['learning_rate']:g}"
+def main(argv=None) -> int:
+    """Returns the exit code: 0 done, 2 bad input."""
+    return run_lib.answered(argv, USAGE, make)
 
 
-def markdown(header, rows) -> str:
-    """Returns a table; the first column is text, the others figures."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def make(argv) -> None:
+    """Does what the command line says."""
+    folders, options = parse(argv)
+    out = run_lib.path_of(options, "--out") if "--out" in options else None
+    if out is not None and not out.parent.is_dir():
+        raise run_lib.Mistake(f"--out={out}: {out.parent} is no folder; name a file in one that is there")
+    try:
+        if len(folders) > 1:
+            text, out, kind = compare({name: report.read(folder) for name, folder in named(folders).items()}), out or pathlib.Path("comparison.html"), KIND
+        elif out is not None:
+            text, kind = report.page(run := report.read(folders[0]), report.panels_of(run)), "run report"
+        else:
+            print(report.write(folders[0]))
+            return
+    except (KeyError, TypeError, AttributeError) as error:  # a file that somebody else wrote, or changed
+        raise run_lib.Mistake(f"{', '.join(map(str, folders))}: the files are not what a run writes ({type(error).__name__}: {error}); name other folders") from None
+    report.check_ours(out, kind)
+    files.write_text(out, text)
+    print(out)
 
 
-def score_table(summary) -> str:
-    best = summary["best_rival"]
-    header = [
-        "value" if summary["grid"]["sweep"] else "method",
-        "seeds",
-        "learning rate",
-        "before",
-        "after",
-        "sd over seeds",
-        "95% interval",
-    ]
-    if best:
-        header += [f"relative to {best}, %", "difference", "its 95% interval", "share ≤ 0"]
-    rows = []
-    for name, v in summary["variants"].items():
-        cells = [f"**{name}**" if name.startswith("metatuner") else name, _join(v["seeds"]), rate(v)]
-        cells += [percent(v["before"]), percent(v["mean"]), percent(v["sd"]), bounds(v["ci95"])]
-        if best:
-            a = v["against"] or {}
-            share = DASH if not a else f"{a['not_above']:.3f}"
-            cells += [percent(a.get("relative"), "+"), percent(a.get("difference"), "+"), bounds(a.get("ci95")), share]
-        rows.append(cells)
-    return markdown(header, rows)
+def parse(argv) -> tuple[list[pathlib.Path], dict]:
+    """Returns the folders and the options; raises Mistake where they cannot be meant."""
+    words, folders, rest = list(argv), [], []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            folders.append(run_lib.path_of({"RUN": word}, "RUN"))
+            continue
+        rest.append(word)
+        if word == "--out" and words:
+            rest.append(words.pop(0))
+    options, settings = run_lib.read_arguments(rest, ("--out",))
+    if settings:
+        raise run_lib.Mistake(f"--config.{settings[0][0]} is no setting of a report: leave it out")
+    if not folders:
+        raise run_lib.Mistake("no run is named: name the folder of one, such as runs/quickstart; see --help")
+    same = next((a for a, b in itertools.combinations(folders, 2) if a.absolute() == b.absolute()), None)
+    if same is not None:
+        raise run_lib.Mistake(f"{same} is named twice: name it once")
+    return folders, options
 
 
-def cost_table(summary) -> str:
-    header = [
-        "cost of a run",
-        "parameters that learn",
-        "answers decoded in training",
-        "tokens in training",
-        "training",
-        "whole run",
-    ]
-    rows = []
-    for name, v in summary["variants"].items():
-        counts = [number(v[key]) for key in ("trained_parameters", "actor_calls", "tokens")]
-        rows.append([name, *counts, duration(v["seconds"]), duration(v["wall_s"])])
-    return markdown(header, rows)
+def named(folders) -> dict[str, pathlib.Path]:
+    """Returns the folders by the ends of their paths, as long as it takes to tell them apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, folders))
 
 
-def control_table(summary) -> str:
-    """Returns the controls of the methods that write prompts or adapters for each query, empty text where there are none."""
-    rows = []
-    for name, v in summary["variants"].items():
-        scores = [*v["adapter"].values(), *v["prompt"].values()]
-        own = v["method"].startswith("metatuner") or v["method"] in summary_lib.ABLATIONS
-        if own and any(score is not None for score in scores):
-            distinct = DASH if v["distinct"] is None else f"{v['distinct']:.0f} of {v['n'] / len(v['seeds']):.0f}"
-            rows.append([name, *map(percent, scores), distinct, percent(v["share_initial"])])
-    header = [
-        "controls",
-        "adapter: own",
-        "shuffled",
-        "mean",
-        "none",
-        "prompt: own",
-        "shuffled",
-        "initial",
-        "distinct prompts",
-        "initial, %",
-    ]
-    return markdown(header, rows) if rows else ""
+# --- the page ---
 
 
-def part_table(summary) -> str:
-    """Returns the scores on the parts of a mixture of tasks, empty text for a single task."""
-    parts = list(dict.fromkeys(part for v in summary["variants"].values() for part in v["parts"]))
-    rows = [[name, *(percent(v["parts"].get(part)) for part in parts)] for name, v in summary["variants"].items()]
-    return markdown(["after, on", *parts], rows) if parts else ""
+def compare(runs: dict[str, report.Run]) -> str:
+    """Returns the page that compares runs, by their names."""
+    ended = {name: run for name, run in runs.items() if "after" in run.results}
+    pairs = differences(ended)
+    parts = {"scores": ("Scores", scores(runs, ended))}
+    if pairs:
+        parts["differences"] = ("Query by query", paired(pairs))
+    parts["settings"] = ("Settings in which they differ", settings(runs))
+    curves = learning(runs)
+    if curves:
+        parts["learning"] = ("Learning", curves)
+    if ended:
+        parts["controls"] = ("Does it depend on the query?", controls(ended))
+    parts["cost"] = ("Cost", costs(runs))
+    parts["queries"] = ("Where they disagree", disagreements(ended, pairs))
+    title = f"{len(runs)} runs compared"
+    body = report.header(title, ", ".join(runs), parts) + f"<main>{opening(ended, pairs)}{report.sections(parts)}</main>"
+    return report.frame(KIND, title, body)
 
 
-def search_table(summary) -> str:
-    """Returns the validation scores behind the learning rates and whose search was too narrow, empty text where none was searched."""
-    rates = sorted({rate for found in summary["search"].values() for rate in found}, key=float)
-    rows = [[name, *(percent(found.get(rate)) for rate in rates)] for name, found in summary["search"].items()]
-    if not rows:
-        return ""
-    text = markdown(["learning rate, score on validation rows", *rates], rows)
-    if summary["at_edge"]:
-        text += f"\n\nBest at the lowest or the highest rate that was tried, so that one beyond it may be better: {', '.join(summary['at_edge'])}."
-    return text
-
-
-def tables(summary) -> str:
-    """Returns all tables of a comparison, the first with the scores."""
-    made = (score_table, part_table, control_table, cost_table, search_table)
-    return "\n\n".join(text for make in made if (text := make(summary)))
-
-
-def verdicts(summary) -> str:
-    """Returns a line for each MetaTuner: where it stands to the best rival and to its ablations, and what its controls say."""
-    names = [name for name in summary["variants"] if name.startswith("metatuner")]
-    return "\n".join(
-        f"- {standing(summary, name)}{parts_played(summary['variants'][name])}{controls(summary['variants'][name])}"
-        for name in names
-    )
-
-
-def standing(summary, name) -> str:
-    """Returns whether a method beats the best rival, in a sentence."""
-    v, best = summary["variants"][name], summary["best_rival"]
-    a = v["against"]
-    if best is None:
-        return f"**{name}**: {percent(v['mean'])}%; no rival has been run."
-    if a is None:
-        rival = percent(summary["variants"][best]["mean"])
-        return f"**{name}**: {percent(v['mean'])}%, the best rival, {best}: {rival}%; they have no scored query in common."
-    low, high = a["ci95"]
-    verb = "beats" if low > 0 else "loses to" if high < 0 else "cannot be told from"
-    text = f"**{name} {verb} {best}**, the best rival: {percent(a['difference'], '+')} points {bounds(a['ci95'])}"
-    if a["relative"] is not None:
-        text += f", {percent(a['relative'], '+')}% relative"
-        if low > 0:
-            text += f", {'not less' if a['relative'] >= GOAL else 'less'} than the {GOAL:.0%} that it aims at"
-    return text + "."
-
-
-def parts_played(v) -> str:
-    """Returns how a method stands to its ablations, in a sentence; empty text where none was run."""
-    found = [
-        f"{other} ({summary_lib.ABLATIONS[other]}) {percent(a['difference'], '+')} points {bounds(a['ci95'])}"
-        for other, a in v["ablations"].items()
-    ]
-    return f" Against its ablations: {', '.join(found)}." if found else ""
-
-
-def controls(v) -> str:
-    """Returns what other adapters and prompts than a query's own cost, in a sentence; empty text where that was not scored."""
-    if v["adapter"]["own"] is None or v["prompt"]["own"] is None:
-        return ""
-
-    def cost(kind, which):
-        score = v[kind][which]
-        return percent(None if score is None else v[kind]["own"] - score)
-
-    return (
-        f" Another query's adapter in place of its own costs {cost('adapter', 'shuffled')} points, the mean one "
-        f"{cost('adapter', 'mean')}, none {cost('adapter', 'none')}; another query's prompt {cost('prompt', 'shuffled')}, "
-        f"the initial one {cost('prompt', 'initial')}."
-    )
-
-
-def figures(summary) -> dict:
-    """Returns the text of every placeholder that notes may hold, such as metatuner_j.after."""
-    found = {"goal": f"{GOAL:.0%}", "time": duration(summary["wall_s"])}
-    for name, v in summary["variants"].items():
-        a = v["against"] or {}
-        values = {
-            "before": percent(v["before"]) + "%",
-            "after": percent(v["mean"]) + "%",
-            "sd": percent(v["sd"]),
-            "interval": bounds(v["ci95"]),
-            "seeds": str(len(v["seeds"])),
-            "relative": percent(a.get("relative"), "+") + "%",
-            "difference": percent(a.get("difference"), "+"),
-            "difference_interval": bounds(a.get("ci95")),
-            **{f"over.{other}": percent(one["difference"], "+") for other, one in v["ablations"].items()},
-            **{f"over.{other}_interval": bounds(one["ci95"]) for other, one in v["ablations"].items()},
-            "distinct": number(v["distinct"]),
-            "share_initial": percent(v["share_initial"]) + "%",
-            "parameters": number(v["trained_parameters"]),
-            "actor_calls": number(v["actor_calls"]),
-            "tokens": number(v["tokens"]),
-            "training": duration(v["seconds"]),
-            "time": duration(v["wall_s"]),
-            "rate": rate(v),
-            **{f"{kind}.{which}": percent(score) + "%" for kind in ("adapter", "prompt") for which, score in v[kind].items()},
-            **{f"part.{part}": percent(score) + "%" for part, score in v["parts"].items()},
-        }
-        roles = [role for role in ("best_rival", "best_metatuner") if summary[role] == name]
-        for alias in (name, *roles):
-            found |= {f"{alias}.{key}": text for key, text in values.items()} | ({alias: name} if alias in roles else {})
+def differences(ended) -> list[tuple[str, str, dict | None]]:
+    """Returns (name, other, how they stand) of each two runs on one test set: see `summary.against`; None where their scores are not kept."""
+    found = []
+    for (name, run), (other, rival) in itertools.combinations(ended.items(), 2):
+        if same_rows(run, rival):
+            a, b = run.results.get("scores"), rival.results.get("scores")
+            found.append((name, other, summary.against({0: a}, {0: b}) if a and b and set(a) == set(b) else None))
     return found
 
 
-def fill(text, summary, where) -> str:
-    """Returns the notes with their placeholders filled in.
-
-    Raises:
-      Mistake: a placeholder is unknown, or a percentage is typed by hand.
-    """
-    found = figures(summary)
-    typed = re.search(r"\d[\d.,]*\s*(%|percent\b)", text.replace("95% interval", ""))
-    if typed:
-        raise run.Mistake(f"{where}: {typed[0]!r} is typed by hand: write a placeholder such as {{metatuner_j.after}} in its place")
-
-    def value(match):
-        if match[1] not in found:
-            raise run.Mistake(f"{where}: placeholder {match[0]} is unknown{config_lib.nearest(match[1], found)}")
-        return found[match[1]]
-
-    return re.sub(r"\{([^{}\s]+)\}", value, text).strip()
+def same_rows(run, other) -> bool:
+    """Returns whether two runs have the same test rows: by the sums of these in config.json, or by the queries themselves."""
+    sums = [(one.saved.get("data") or {}).get("test") for one in (run, other)]
+    if None not in sums:
+        return sums[0] == sums[1]
+    texts = [{line["id"]: line["query"] for line in one.predictions} for one in (run, other)]
+    return bool(texts[0]) and texts[0] == texts[1]
 
 
-# --- RESULTS.md ---
-
-HEAD = """# Results
-
-Written by `python -m experiments.compare --report` from the `config.json` and `results.json` of each run in `{results}/`; tables
-hold nothing else, and the percentages of the notes come from there too. Scores are strict, in percent, on unseen test queries. *before* is the bare model with the hand-written
-prompt. The 95% interval resamples the queries of each seed and keeps the seeds, so it does not hold what another seed would change:
-*sd over seeds* tells that. The best rival is the method with the highest mean on these same test rows that is neither MetaTuner nor
-one of its ablations (prompt_only, hyper_only, unshared: the paper's w/o F, w/o P, w/o S). The comparison with it is a paired
-bootstrap over the queries that both answered under one seed; *share ≤ 0* is the share of resamples without a gain. A control of
-what a method does not have, such as the adapters of prompt_only, shows its score unchanged.
-"""
-
-
-def write(results) -> str:
-    """Returns RESULTS.md for a folder of results."""
-    folders = [path for path in sorted(results.iterdir()) if path.is_dir()]
-    comparisons = {path.name: (path, summary_lib.summarise(path)) for path in folders if (path / "grid.json").exists()}
-    singles = {path.name: found for path in folders if path.name not in comparisons and (found := summary_lib.read_run(path))}
-    text = [HEAD.format(results=results.name)]
-    if any(summary["best_metatuner"] and summary["best_rival"] for _, summary in comparisons.values()):
-        text.append(overview(comparisons))
-    text += [section(path, summary) for path, summary in comparisons.values()]
-    if not comparisons:
-        text.append("No comparison of methods has been run yet.\n")
-    if singles:
-        text.append(f"## Single runs\n\nOne run, one seed: what it took and gave, no comparison.\n\n{single_table(singles)}\n")
-    return "\n".join(text)
+def opening(ended, pairs) -> str:
+    """Returns which run scores highest and whether that is more than chance, as HTML."""
+    if not ended:
+        return '<p class="lead">None of these runs has test scores yet.</p>'
+    ranked = sorted(ended, key=lambda name: -ended[name].results["after"]["mean"])
+    best, top = ranked[0], ended[ranked[0]].results["after"]
+    alike = [html.escape(name) for name in ranked if ended[name].results["after"]["mean"] == top["mean"]]
+    who = f"{', '.join(alike[:-1])} and {alike[-1]} score alike, and highest" if len(alike) > 1 else f"{alike[0]} scores highest"
+    text = f'<p class="lead">{who}: <b>{percent(top["mean"])}%</b> {bounds(top["ci95"])}.</p>'
+    for other in ranked[len(alike) : len(alike) + 1]:
+        after = ended[other].results["after"]
+        verdict, words = report.standing(top, after, standing_of(pairs, best, other))
+        text += f"<p>Next is {html.escape(other)} with {report.scored(after)}: {SAYS[verdict]}; {html.escape(words.format(best))}.</p>"
+    if len({run.config["task"]["name"] for run in ended.values()}) > 1:
+        text += "<p><b>Their tasks differ</b>, so their scores are of different things.</p>"
+    elif len(pairs) < len(ended) * (len(ended) - 1) // 2:
+        text += "<p>Not all of them were tested on the same queries: where they were not, or that is not known, only their intervals can be compared.</p>"
+    return text
 
 
-def overview(comparisons) -> str:
+SAYS = {"above": "the difference is more than chance", "below": "the difference is more than chance", "same": "they cannot be told apart", "open": "they cannot be told apart by this"}
+
+
+def standing_of(pairs, name, other) -> dict | None:
+    """Returns {mean, ci95} of one run's score minus another's, query by query; None where that is not known."""
+    for a, b, found in pairs:
+        if {a, b} == {name, other} and found:
+            sign = 1 if a == name else -1
+            return {"mean": sign * found["difference"], "ci95": sorted(sign * bound for bound in found["ci95"])}
+    return None
+
+
+def colours(names) -> dict[str, str]:
+    return dict(zip(names, itertools.cycle(plots.SERIES)))
+
+
+def scores(runs, ended) -> str:
+    kinds = colours(runs)
+    panels = [plots.bars(
+        "After training", f"Share of the unseen test queries that each run answers rightly. {report.INTERVAL}.",
+        [(report.short(name, 26), run.results["after"], kinds[name]) for name, run in ended.items()],
+    )] if ended else []  # fmt: skip
     rows = []
-    for name, (_, summary) in comparisons.items():
-        ours, best = summary["best_metatuner"], summary["best_rival"]
-        if ours and best:
-            v, a = summary["variants"][ours], summary["variants"][ours]["against"] or {}
-            rival = summary["variants"][best]
-            row = [
-                f"[{name}](#{name})",
-                f"{ours} {percent(v['mean'])}",
-                f"{best} {percent(rival['mean'])}",
-                percent(a.get("difference"), "+"),
-            ]
-            rows.append([*row, bounds(a.get("ci95")), percent(a.get("relative"), "+")])
-    return markdown(["comparison", "best MetaTuner", "best rival", "difference", "its 95% interval", "relative, %"], rows) + "\n"
+    for name, run in runs.items():
+        shown = [run.results.get(key) for key in ("before", "after", "after_flexible")]
+        found = [f"{percent(score['mean'])}%" if score else DASH for score in shown]
+        ci95, n = (bounds(shown[1]["ci95"]), number(shown[1]["n"])) if shown[1] else (DASH, DASH)
+        validation = run.results.get("validation")
+        rows.append([name, run.config["method"], str(run.config["seed"]), found[0], found[1], ci95, n, found[2], f"{percent(validation['mean'])}%" if validation else DASH])
+    head = ["run", "method", "seed", "before", "after", "95% interval", "queries", "after, flexible", "validation"]
+    return f'<div class="plots">{"".join(report.figure(panel, "scores") for panel in panels)}</div>{report.rows_table(head, rows)}'
 
 
-def section(path, summary) -> str:
-    """Returns a comparison's section."""
-    grid, notes = summary["grid"], path / "notes.md"
-    where = "; ".join([*grid["machines"], *summary["devices"]])
-    missing = ", ".join(summary["not_run"])
-    parts = [
-        f"## {path.name}",
-        f"    {grid['command']}",
-        f"{_join(summary['task'])}, {_join(summary['metric'])}. {where}; {duration(summary['wall_s'])} in all.",
-        verdicts(summary),
-        fill(notes.read_text(encoding="utf-8"), summary, notes) if notes.exists() else "",
-        tables(summary),
-        f"![Scores and costs]({path.parent.name}/{path.name}/comparison.png)" if (path / "comparison.png").exists() else "",
-        f"**Not run**: {missing}." if missing else "All runs of the grid were done.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def single_table(singles) -> str:
-    """Returns the table of runs that belong to no comparison."""
-    controls = (("adapter", "shuffled"), ("adapter", "mean"), ("adapter", "none"), ("prompt", "shuffled"), ("prompt", "initial"))
+def paired(pairs) -> str:
     rows = []
-    for name, (results, saved) in singles.items():
-        scores = [percent(summary_lib.dig(results, *keys, "mean")) for keys in (("before",), ("after",), *controls)]
-        scores.insert(2, bounds(summary_lib.dig(results, "after", "ci95")))
-        distinct = summary_lib.dig(results, "prompts", "distinct")
-        prompts = DASH if distinct is None else f"{distinct} of {results['after']['n']}"
-        device = saved.get("devices") or {"count": DASH, "kind": DASH}
-        what = f"{results['task']}, {results['method']}, seed {results['seed']}"
-        rows.append([f"`{name}`", what, *scores, prompts, duration(results["wall_s"]), f"{device['count']} x {device['kind']}"])
-    header = ["run", "what", "before", "after", "95% interval", *(f"{kind}: {which}" for kind, which in controls)]
-    return markdown([*header, "distinct prompts", "time", "device"], rows)
+    for name, other, found in pairs:
+        told = [f"{percent(found['difference'], '+')}", bounds(found["ci95"]), number(found["pairs"])] if found else [DASH, DASH, "scores not kept"]
+        rows.append([f"{name} minus {other}", *told])
+    note = "The first run’s score minus the second’s on the same test queries, in points. The interval resamples the queries; where it holds 0, the difference may be chance. What another seed would change is not in it."
+    return f'<p class="soft">{note}</p>{report.rows_table(["", "difference", "95% interval", "queries"], rows)}'
 
 
-def _join(values):
-    return ", ".join(map(str, values))
+def settings(runs) -> str:
+    configs = [run.config for run in runs.values()]
+    keys = sorted({key for config in configs[1:] for key, _, _ in workdir_lib.differences(configs[0], config)})
+    if not keys:
+        return "<p>None: they have the same settings.</p>"
+    rows = [[key, *(report.setting(leaf(config, key)) for config in configs)] for key in keys]
+    return report.rows_table(["setting", *runs], rows, "settings")
 
 
-# --- the plot ---
+def leaf(config, key):
+    """Returns a setting by its dotted name, 'missing' where there is none."""
+    for part in key.split("."):
+        config = config.get(part, "missing") if isinstance(config, dict) else "missing"
+    return config
 
-COLOURS = {"MetaTuner": "#c8501e", "ablation": "#9a9a9a", "rival": "#2f6690"}
+
+def learning(runs) -> str:
+    """Returns the learning curves of all runs over each other."""
+    drawn = {
+        "loss": ("Loss on train queries", "The whole loss, as each run weighs its terms: see where the settings differ before comparing its height.", {"smooth": True}, False),
+        "task_loss": ("Task loss", "Cross-entropy of the answers in nats per token, lower is better.", {"smooth": True}, False),
+        "validation": ("Score on validation queries", "Share of the validation queries that are answered rightly at each checkpoint.", {}, True),
+        "delta_norm": ("Size of the adapter", "The norm of what the adapter adds to the weights, over all layers and projections.", {"smooth": True}, False),
+        "delta_variance": ("What differs between queries’ adapters", "Near 0%, all queries get one adapter.", {"smooth": True}, True),
+        "expert_score": ("Score of expert prompts", "The mean score of the best prompts found for train queries so far.", {"steps": True}, True),
+    }  # fmt: skip
+    until = max((line["step"] for run in runs.values() for line in run.metrics[-1:]), default=0) + 1
+    found = []
+    for name, (title, note, style, share) in drawn.items():
+        curves = {run: report.validations(one.metrics) if name == "validation" else report.points(one.metrics, name) for run, one in runs.items()}
+        if any(any(y) for _, y in curves.values()):
+            panel = plots.lines(title, note, [plots.Line(run, x, y, **style) for run, (x, y) in curves.items()], until=until, percent=share)
+            found.append(report.figure(panel, f"curve-{name}"))
+    return f'<div class="plots">{"".join(found)}</div>' if found else ""
 
 
-def draw(summary, path) -> None:
-    """Writes the plot: each variant's score with its interval, the best on top, beside what a run of it costs."""
-    from matplotlib import ticker
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def controls(ended) -> str:
+    """Returns the scores with other adapters and prompts than a query's own."""
+    found, kinds = [], colours(ended)
+    for kind, which in (("adapter", ("own", "shuffled", "mean", "none")), ("prompt", ("own", "shuffled", "initial"))):
+        rows = [(f"{report.short(name, 20)}, {one}", run.results[kind][one], kinds[name] if one == "own" else "grey") for name, run in ended.items() for one in which]
+        table = [[name, *(report.scored(run.results[kind][one]) for one in which)] for name, run in ended.items()]
+        note = f"The {kind} that belongs to each query, and others in its place. {report.INTERVAL}."
+        found.append(report.figure(plots.bars(f"The {kind} exchanged", note, rows), kind, report.rows_table(["", *which], table)))
+    used = []
+    for name, run in ended.items():
+        prompts = run.results["prompts"]
+        used.append([name, number(prompts["distinct"]), number(run.results["after"]["n"]), f"{percent(prompts['share_initial'])}%", f"{prompts['mean_tokens']:.1f}"])
+    said = "".join(f"<details><summary>What the controls of {html.escape(name)} say</summary><ul class=found>{''.join(f'<li>{text}</li>' for text in report.findings(run))}</ul></details>" for name, run in ended.items())
+    return f'<div class="plots">{"".join(found)}</div>{report.rows_table(["prompts", "different", "queries", "initial", "tokens on average"], used)}{said}'
 
-    variants = summary["variants"]
-    names, values = list(variants), list(variants.values())
-    kinds = ["MetaTuner" if n.startswith("metatuner") else "ablation" if n in summary_lib.ABLATIONS else "rival" for n in names]
-    if summary["grid"]["sweep"]:
-        kinds = ["MetaTuner"] * len(names)
-    colours, rows = [COLOURS[kind] for kind in kinds], range(len(names))
-    figure = Figure(figsize=(12, 1.6 + 0.42 * max(len(names), 3)), layout="constrained")
-    FigureCanvasAgg(figure)
-    score, time, calls = figure.subplots(1, 3, sharey=True, width_ratios=(2.2, 1, 1))
-    for row, v, colour in zip(rows, values, colours):
-        low, high = v["ci95"] or (v["mean"], v["mean"])
-        score.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt", alpha=0.55)
-        score.plot(100 * v["mean"], row, "o", color=colour, markersize=7)
-        score.annotate(percent(v["mean"]), (100 * high, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
-    for axes, key, text, title in (
-        (time, "wall_s", duration, "time of a run, minutes"),
-        (calls, "actor_calls", number, "answers decoded in training"),
-    ):
-        widths = [(v[key] or 0) / (60 if key == "wall_s" else 1) for v in values]
-        bars = axes.barh(rows, widths, color=colours, alpha=0.8, height=0.6)
-        axes.bar_label(bars, [text(v[key]) for v in values], padding=4, fontsize=9)
-        axes.set_xlim(0, 1.45 * max([*widths, 1e-9]))
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
-        axes.set_title(title, fontsize=10)
-    lowest = min(100 * (v["ci95"] or [v["mean"]])[0] for v in values)
-    highest = max(100 * (v["ci95"] or [v["mean"]])[-1] for v in values)
-    margin = 0.04 * (highest - lowest) + 0.5
-    score.set_xlim(lowest - margin, highest + 4 * margin)
-    score.set_xticks([tick for tick in score.get_xticks() if lowest - margin <= tick <= 100])
-    score.set_title("score on unseen queries, %, with 95% interval", fontsize=10)
-    score.set_yticks(rows, names)
-    score.set_ylim(len(names) - 0.4, -0.6)
-    for axes in (score, time, calls):
-        axes.grid(axis="x", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    for kind, colour in COLOURS.items():
-        if kind in kinds:
-            score.plot([], [], "o", color=colour, label=kind)
-    if len(set(kinds)) > 1:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    task = _join(summary["task"])
-    seeds = sorted({seed for v in values for seed in v["seeds"]})
-    figure.suptitle(f"{task}; seed{'s' * (len(seeds) > 1)} {_join(seeds)}", fontsize=11)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+def costs(runs) -> str:
+    rows = []
+    for name, run in runs.items():
+        spent, devices = run.results.get("cost") or {}, run.saved.get("devices") or {}
+        counts = [number(spent.get(key)) for key in ("trained_parameters", "actor_calls", "tokens")]
+        times = [duration(run.results.get(key)) for key in ("train_s", "rollout_s", "wall_s")]
+        rows.append([name, *counts, *times, f"{devices['count']} x {devices['kind']}" if devices else DASH])
+    return report.rows_table(["", "parameters that learn", "answers decoded in training", "tokens in training", "training", "rollouts", "whole run", "device"], rows)
+
+
+def disagreements(ended, pairs) -> str:
+    """Returns the table of the test queries that not all runs answer rightly or wrongly alike, of the runs with the first one's test rows."""
+    with_answers = {name: run for name, run in ended.items() if run.predictions}
+    first = next(iter(with_answers), None)
+    alike = [name for name in with_answers if name == first or any({a, b} == {first, name} for a, b, _ in pairs)]
+    if len(alike) < 2:
+        return "<p>No two of these folders hold answers to the same test queries (predictions.jsonl).</p>"
+    lines = {name: {line["id"]: line for line in with_answers[name].predictions} for name in alike}
+    same = report.common_start([line["query"] for line in lines[first].values()])
+    rows, counts, total = [], dict.fromkeys(alike, 0), len(lines[first])
+    for id, line in lines[first].items():
+        answers = {name: lines[name][id] for name in alike if id in lines[name]}
+        given = [answer["score"] for answer in answers.values()]
+        if len(set(given)) < 2:
+            continue
+        alone = [name for name, answer in answers.items() if answer["score"] == max(given)]
+        kinds = [f"best-{alike.index(name)}" for name in alone] if len(alone) == 1 else []
+        for name in alone[:1] if len(alone) == 1 else ():
+            counts[name] += 1
+        query = report.text_of(line["query"], same) + f'<p class="long"><small>Reference: {html.escape(str(line["reference"]))}</small></p>'
+        rows.append(report.query_row(id, kinds, sum(given) / len(given), [("Query", query), *((name, answer_of(answer)) for name, answer in answers.items())]))
+    if not rows:
+        return f"<p>On all {total:,} test queries {html.escape(', '.join(alike))} have the same score.</p>"
+    buttons = {f"{report.short(name, 24)} alone is best": (f"best-{i}", counts[name]) for i, name in enumerate(alike)}
+    left = [name for name in ended if name not in alike]
+    note = f"{len(rows):,} of {total:,} test queries on which the scores of {', '.join(alike)} differ." + (f" {', '.join(left)} left no answers to these queries." if left else "")
+    return f'<p class="soft">{html.escape(note)}</p>{report.query_table(["", "Query", *alike], rows, buttons)}'
+
+
+def answer_of(line) -> str:
+    """Returns an answer with its score and the prompt that it was given under."""
+    word, colour = report.verdict_of(line["score"])
+    return f'<p><span class="{colour}">{word}</span></p>{report.text_of(line["answer"])}<p class="again"><small>Prompt: {html.escape(line["prompt"])}</small></p>'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

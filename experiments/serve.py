@@ -222,16 +222,11 @@ def mean_of(tuner):
 
 def norms_of(tuner, query) -> dict[str, list[float]]:
     """Returns the norm of a query's delta in each layer, by projection; none where the method has no adapter."""
-    import numpy as np
+    from metatuner_jax import lora
 
     if tuner.setup.method.adapter is None:
         return {}
-
-    def norms(one):
-        products = [np.einsum("lir,lis->lrs", one.a, one.a), np.einsum("lro,lso->lrs", one.b, one.b)]
-        return np.sqrt(np.maximum(np.einsum("lrs,lrs->l", *products), 0)).tolist()
-
-    return {target: norms(one) for target, one in tuner.lora(query).items()}
+    return {target: found.tolist() for target, found in lora.norms(tuner.lora(query)).items()}
 
 
 # --- OpenAI's chat completions ---

@@ -9,8 +9,8 @@ import os
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "checkpoint", "config", "data", "decode", "evaluate", "generator", "job", "lora", "losses", "memory", "methods", "metrics", "networks", "pretrained", "rollout",
-    "search", "sharding", "tasks", "train", "transformer", "tuner",
+    "checkpoint", "config", "data", "decode", "evaluate", "generator", "job", "lora", "losses", "memory", "methods", "metrics", "networks", "plots",
+    "pretrained", "report", "rollout", "search", "sharding", "tasks", "train", "transformer", "tuner",
 )  # fmt: skip
 _NAMES = ("Answer", "Tuner")  # of `tuner`
 

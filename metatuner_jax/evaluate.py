@@ -57,6 +57,9 @@ def answer_before(passes, rows, tokens, score) -> list[dict]:
 def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=None) -> tuple:
     """Returns (results, predictions, mean adapter) on a split: the parts of results.json that are scores, one object a query, and a LoRA or None.
 
+    `gains` are by how much the score after is above each of the others, query by query. `delta_norms` are those of the queries' own deltas, mean
+    and, as `delta_norms_spread`, standard deviation over the queries in each layer.
+
     What a method does not have is not answered anew: without an adapter all four score the same, with a static one all but `none`. Nor
     is what stands in `before`: the bare actor under the initial prompt.
 
@@ -121,6 +124,7 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         return interval([scores[i] for i in which], config.eval.num_bootstrap, config.seed)
 
     strict = lambda scores: [s.strict for s in scores]
+    gain = lambda scores: summary(np.subtract(strict(after), strict(scores)))
     written = [tokens.decode(p, m) for p, m in zip(prompt, prompt_mask)]
     first = [tokens.decode(p, m) for p, m in zip(rows.initial, rows.initial_mask)]
     base = [line["score"] for line in before]
@@ -132,6 +136,11 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         "after_flexible": summary([s.flexible for s in after]),
         "adapter": {name: summary(strict(scores)) for name, scores in adapters.items()},
         "prompt": {name: summary(strict(scores)) for name, scores in prompts.items()},
+        "gains": {
+            "before": gain(bare),
+            "adapter": {name: gain(scores) for name, scores in adapters.items() if name != "own"},
+            "prompt": {name: gain(scores) for name, scores in prompts.items() if name != "own"},
+        },
         "mean_adapter_energy": energy,
         "prompts": {
             "distinct": len(set(written)),
@@ -140,6 +149,10 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         },
         "scores": {example.id: s.strict for example, s in zip(rows.examples, after)},
     }
+    if adapter:
+        norms = passes.delta_norms(adapter, len(rows))
+        results["delta_norms"] = {target: _rounded(found.mean(axis=1)) for target, found in norms.items()}
+        results["delta_norms_spread"] = {target: _rounded(found.std(axis=1)) for target, found in norms.items()}
     if len(parts) > 1:
         which = {part: [i for i, example in enumerate(rows.examples) if example.part == part] for part in parts}
         results["parts"] = {
@@ -153,6 +166,10 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
         for i, example in enumerate(rows.examples)
     ]  # fmt: skip
     return results, predictions, mean_lora
+
+
+def _rounded(values):
+    return [float(f"{value:.6g}") for value in values]
 
 
 def check_in_use(passes, rows, prompt, prompt_mask, adapter) -> None:

@@ -8,8 +8,17 @@ from metatuner_jax import processes
 
 
 def read_lines(path) -> list[dict]:
-    """Returns the objects of a JSON Lines file of ours, none where there is no file; a last line cut short is left out."""
-    return processes.group.from_first(lambda: _read_lines(pathlib.Path(path)))
+    """Returns the objects of a JSON Lines file of ours, none where there is no file; a last line cut short is left out. All processes are to ask."""
+    return processes.group.from_first(lambda: lines_of(path))
+
+
+def lines_of(path) -> list[dict]:
+    """Returns the same as `read_lines`, for this process alone."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
 
 
 def append_lines(path, objects) -> None:
@@ -22,12 +31,24 @@ def append_lines(path, objects) -> None:
 
 def write_lines(path, objects) -> None:
     """Replaces a JSON Lines file in one stroke."""
-    _write(path, _lines(objects))
+    write_text(path, _lines(objects))
 
 
 def write_json(path, content) -> None:
     """Replaces a JSON file in one stroke."""
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text: str) -> None:
+    """Replaces a file in one stroke."""
+    if processes.group.index:
+        return
+    path = pathlib.Path(path)
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _settle(file)
+    beside.replace(path)
 
 
 def read_json(path):
@@ -38,26 +59,8 @@ def read_json(path):
         raise ValueError(f"{path} cannot be read ({error}): give another --workdir") from None
 
 
-def _read_lines(path):
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
 def _lines(objects):
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
-
-
-def _write(path, text):
-    if processes.group.index:
-        return
-    path = pathlib.Path(path)
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _settle(file)
-    beside.replace(path)
 
 
 def _settle(file):

@@ -25,6 +25,7 @@ from metatuner_jax import (
     pretrained,
     processes,
     product,
+    report,
     rollout,
     sharding,
     tasks,
@@ -373,7 +374,18 @@ def _do(job, workdir, progress, closing):
     files.write_json(workdir / "results.json", results)
     metrics.finish(results)
     progress.line("\n" + workdir_lib.summary(results, predictions[:3] if full else []))
+    if processes.group.index == 0:
+        draw(workdir, progress)
     progress.line(f"\nEverything is in {workdir}")
+
+
+def draw(workdir, progress):
+    """Writes the run's report. Where the disk is full, matplotlib cannot be loaded, or numbers cannot be drawn, the run is done all the same."""
+    try:
+        report.write(workdir)
+    except (OSError, ImportError, ValueError) as error:
+        text = " ".join(str(error).split())
+        progress.line(f"note: the report could not be written ({text}); python -m experiments.report {workdir} tries again")
 
 
 def keep_compiled():

@@ -84,6 +84,17 @@ def norm(loras: dict[str, Lora]) -> Float[Array, ""]:
     return jnp.sqrt(gram(jax.tree.map(lambda leaf: leaf[:, None], loras))[0, 0])
 
 
+def norms(loras: dict[str, Lora]) -> dict[str, Any]:
+    """Returns the norm of each delta alone, [*l, *b] by projection, from the inner products of its factors' columns and rows."""
+
+    def one(lora):
+        products_a = jnp.einsum("...ir,...is->...rs", lora.a, lora.a)
+        products_b = jnp.einsum("...ro,...so->...rs", lora.b, lora.b)
+        return jnp.sqrt(jnp.maximum(jnp.einsum("...rs,...rs->...", products_a, products_b), 0))
+
+    return {target: one(lora) for target, lora in loras.items()}
+
+
 def effective_rank(gram: Float[Array, "b b"]) -> Float[Array, ""]:
     """Returns how many directions the rows' deltas span: e to the entropy of the shares of the Gram matrix's eigenvalues.
 

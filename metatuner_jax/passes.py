@@ -48,6 +48,7 @@ class Passes:
         self._write = jit(functools.partial(_write, setup, self.layers), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
         self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))
+        self._norms = jax.jit(lora.norms)
         self._unstack = jax.jit(transformer.unstack)
         self._begin = jit(functools.partial(_begin, setup, self.layers), static_argnums=0)
         self._vacant = jax.jit(lambda new, loras: _placed(mesh, *decode.vacant(new, loras, self._batch_size(1))))
@@ -111,12 +112,24 @@ class Passes:
 
     def mean_adapter(self, hyper, h: np.ndarray, rank: int):
         """Returns the mean delta over states h [n, d] as one LoRA of that rank, and the share of its energy kept."""
-        batches = []
-        for start in range(0, len(h), self.batch_size):
-            at = np.minimum(np.arange(start, start + self.batch_size), len(h) - 1)
-            size = min(self.batch_size, len(h) - start)
-            batches.append(jax.tree.map(lambda leaf: leaf[:, :size], self.adapt(hyper, h[at])))
+        batches = [jax.tree.map(lambda leaf: leaf[:, :size], self.adapt(hyper, h[at])) for at, size in self._filled_up(len(h))]
         return lora.mean(batches, rank)
+
+    def delta_norms(self, adapter, count: int) -> dict[str, np.ndarray]:
+        """Returns the norms of an adapter's deltas by projection, float32 [l, n], for places 0 to count - 1; [l, 1] where it is one for all.
+
+        Args:
+          adapter: as the method `adapter` returns it.
+        """
+        if self.setup.method.adapter == "static":
+            return {target: np.asarray(leaf)[:, None] for target, leaf in sharding.fetch(self._norms(adapter(None))).items()}
+        batches = [jax.tree.map(lambda leaf: leaf[:, :size], sharding.fetch(self._norms(adapter(at)))) for at, size in self._filled_up(count)]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *batches)
+
+    def _filled_up(self, count):
+        """Yields (places, how many of them count) of batches of one size, the last filled up with its last place."""
+        for start in range(0, count, self.batch_size):
+            yield np.minimum(np.arange(start, start + self.batch_size), count - 1), min(self.batch_size, count - start)
 
     def answer(
         self, rows, index, prompt, prompt_mask, adapter=None, what: str = "answering", weigh: bool = False,

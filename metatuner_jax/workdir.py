@@ -141,7 +141,7 @@ def write_config(job, workdir, progress):
         history = [*content.get("changes", []), {key: [old, new] for key, old, new in changed}]
         results = files.read_json(workdir / "results.json")
         if results is not None:
-            for name in ("predictions.jsonl", "results.json"):  # in this order: until the results are aside, this is done again
+            for name in ("predictions.jsonl", "report.html", "results.json"):  # in this order: until the results are aside, this is done again
                 old = workdir / name
                 if old.exists():
                     old.rename(old.with_stem(f"{old.stem}-{results['steps']}"))

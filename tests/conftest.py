@@ -34,7 +34,7 @@ with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotat
 
 from small_runs import WORDS, write_rows
 
-from metatuner_jax import config, generator, methods, pretrained, transformer
+from metatuner_jax import config, generator, methods, pretrained, report, transformer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -108,6 +108,15 @@ SPLITS = {"train": 24, "validation": 8, "test": 8}
 def cache(tmp_path_factory):
     """The folder of what XLA compiled in this process of the suite."""
     return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw():
+    """What writes a run's report, for tests that look at it: the other runs leave it out, as it takes a second of each."""
+    write = report.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda folder: None)
+        yield write
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from experiments import run
+from metatuner_jax import config as config_lib
 from metatuner_jax import transformer
 
 WORDS = "zero one two three four five six seven eight nine reverse the list of words say in order question instruction".split()  # noqa: SIM905
@@ -153,6 +154,53 @@ def snapshot(folder):
         return os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
 
     return {str(path): (path.lstat().st_mtime_ns, content(path)) for path in sorted(folder.rglob("*"))}
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quotes\" 'single' <b>"
+
+
+def write_run(folder, seed=0, count=6, phases=("joint",), **settings):
+    """Writes the folder of a finished run by hand, with texts that would break a careless page. Returns its results."""
+    rng = np.random.default_rng(seed)
+    tree = config_lib.plain(config_lib.make(method="metatuner_j", seed=seed, **settings))
+    folder.mkdir(parents=True)
+    scores = [float(one) for one in rng.integers(0, 2, count)]
+    interval = lambda mean: {"mean": mean, "ci95": [max(mean - 0.21, 0), min(mean + 0.13, 1)], "n": count}
+    own = interval(float(np.mean(scores)))
+    results = {
+        "task": "jsonl", "method": "metatuner_j", "seed": seed, "metric": "exact_match", "validation": {"mean": 0.25, "log_likelihood": -1.0, "n": 8},
+        "before": interval(0.123), "after": own, "before_flexible": interval(0.156), "after_flexible": interval(0.789),
+        "adapter": {"own": own, "shuffled": interval(0.432), "mean": interval(0.345), "none": interval(0.111)},
+        "prompt": {"own": own, "shuffled": interval(0.222), "initial": interval(0.333)},
+        "gains": {
+            "before": {"mean": 0.3, "ci95": [0.1, 0.5], "n": count},
+            "adapter": {name: {"mean": gain, "ci95": [gain - 0.05, gain + 0.05], "n": count} for name, gain in (("shuffled", 0.07), ("mean", 0.01), ("none", 0.38))},
+            "prompt": {"shuffled": {"mean": 0.0, "ci95": [0.0, 0.0], "n": count}, "initial": {"mean": -0.2, "ci95": [-0.3, -0.1], "n": count}},
+        },
+        "prompts": {"distinct": 3, "share_initial": 0.5, "mean_tokens": 4.5}, "mean_adapter_energy": 0.9, "scores": {f"test-{i}": one for i, one in enumerate(scores)},
+        "delta_norms": {"q": [0.5, 1.25, 2.0], "v": [0.0, 3.5, 1.0]}, "delta_norms_spread": {"q": [0.1, 0.2, 0.3], "v": [0.0, 0.4, 0.5]},
+        "steps": 4, "checkpoint": 4, "wall_s": 321.0, "train_s": 200.0, "rollout_s": 30.0,
+        "cost": {"trained_parameters": 1234567, "actor_calls": 4321, "tokens": 98765, "seconds": 230.0}, "dropped": {},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({
+        "config": tree, "resolved": {"dtype": "float32"}, "versions": {"python": "3.11", "jax": "0.10"}, "devices": {"kind": "cpu", "platform": "cpu", "count": 1},
+        "data": {"test": "the same rows"}, "initial_prompts": {"": "say it"},
+    }))  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    steps = [(phase, step) for step, phase in enumerate(phase for phase in phases for _ in range(4))]
+    write_rows(folder / "metrics.jsonl", [
+        {"step": step, "phase": phase, "loss": 2.0 / (step + 1), "task_loss": 1.5 / (step + 1), "prompt_loss": 0.5, "delta_norm": 0.1 * step, "delta_variance": 0.02, "tokens_per_s": 100.0,
+         "expert_size": step, "expert_score": 0.25, **({"validation": {"mean": 0.25, "log_likelihood": -1.0, "n": 8}} if step % 4 == 3 else {})}
+        for phase, step in steps
+    ])  # fmt: skip
+    write_rows(folder / "experts.jsonl", [{"step": 0, "id": f"train-{i}", "prompt": "say it", "answer": "a", "score": i % 2, "best": i < 2} for i in range(4)])
+    texts = [f"reverse {i} {HOSTILE}" for i in range(count)]
+    write_rows(folder / "predictions.jsonl", [
+        {"id": f"test-{i}", "query": text, "prompt": "say it" if i % 2 else HOSTILE, "answer": f"answer {i} of seed {seed} {HOSTILE}", "reference": f"{i} reverse", "score": scores[i], "flexible": 1.0}
+        for i, text in enumerate(texts)
+    ])  # fmt: skip
+    write_rows(folder / "before.jsonl", [{"id": f"test-{i}", "answer": "no", "score": float(i == 0), "flexible": 0.0} for i in range(count)])
+    return results
 
 
 def assert_one_line(error, *texts):

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import compare, report, run, summary
+from experiments import compare, run, summary, tables
 from metatuner_jax import config as config_lib
 from metatuner_jax import files
 from metatuner_jax import job as job_lib
@@ -188,8 +188,8 @@ def test_a_summary_names_the_best_rival_and_what_is_missing(tmp_path):
     rival = np.mean([made["sft", seed]["after"]["mean"] for seed in (0, 1)])
     assert ours["against"]["relative"] == pytest.approx(np.mean(means) / rival - 1) and ours["against"]["pairs"] == 80
     assert ours["ablations"]["hyper_only"]["difference"] == pytest.approx(means[0] - 1) and set(ours["ablations"]) == {"hyper_only"}
-    text = report.verdicts(found)
-    assert f" Against its ablations: hyper_only (w/o P) {report.percent(means[0] - 1, '+')} points [" in text
+    text = tables.verdicts(found)
+    assert f" Against its ablations: hyper_only (w/o P) {tables.percent(means[0] - 1, '+')} points [" in text
     assert ours["adapter"]["shuffled"] == pytest.approx(np.mean(means) / 2) and ours["learning_rate"] == 5e-4
     assert found["variants"]["dpo"]["sd"] is None and found["variants"]["sft"]["against"] is None
     assert found["wall_s"] == sum(results["wall_s"] for results in made.values())
@@ -471,7 +471,7 @@ def test_ending_the_comparison_ends_its_run(number, tmp_path):
 
 
 def test_results_md_is_what_the_report_writes():
-    assert (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8") == report.write(REPOSITORY / "results"), (
+    assert (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8") == tables.write(REPOSITORY / "results"), (
         "RESULTS.md differs from results/: python -m experiments.compare --report"
     )
 
@@ -506,11 +506,11 @@ def test_the_report_holds_scores_costs_controls_and_what_was_not_run(results, ca
     text = (results.parent / "RESULTS.md").read_text()
     found = summary.summarise(results / "words")
     ours = found["variants"]["metatuner_j"]
-    a, percent = ours["against"], report.percent
+    a, percent = ours["against"], tables.percent
     row = (
         f"| **metatuner_j** | 0, 1 | 0.0005 | 12.5 | {percent(ours['mean'])} | {percent(ours['sd'])} | "
-        f"{report.bounds(ours['ci95'])} | {percent(a['relative'], '+')} | {percent(a['difference'], '+')} | "
-        f"{report.bounds(a['ci95'])} | 0.000 |"
+        f"{tables.bounds(ours['ci95'])} | {percent(a['relative'], '+')} | {percent(a['difference'], '+')} | "
+        f"{tables.bounds(a['ci95'])} | 0.000 |"
     )
     half, quarter = percent(ours["mean"] / 2), percent(ours["mean"] / 4)
     for part in (
@@ -522,11 +522,11 @@ def test_the_report_holds_scores_costs_controls_and_what_was_not_run(results, ca
         f"| [words](#words) | metatuner_j {percent(ours['mean'])} | sft ", "| `single` | jsonl, metatuner_j, seed 0 |",
     ):  # fmt: skip
         assert part in text, part
-    assert "\n| sft |" not in report.control_table(found)
+    assert "\n| sft |" not in tables.control_table(found)
     assert "comparison.png" not in text and "empty" not in text
     (results / "words" / "comparison.png").write_bytes(b"")
-    assert "![Scores and costs](results/words/comparison.png)" in report.write(results)
-    assert text != report.write(results) and report.write(results) == report.write(results)
+    assert "![Scores and costs](results/words/comparison.png)" in tables.write(results)
+    assert text != tables.write(results) and tables.write(results) == tables.write(results)
 
 
 def test_runs_without_scores_or_cost_show_dashes(tmp_path):
@@ -536,11 +536,11 @@ def test_runs_without_scores_or_cost_show_dashes(tmp_path):
             del results[name]
     figures = summary.summarise(make_comparison(tmp_path / "c", made, seeds=(0,)))
     assert figures["variants"]["metatuner_j"]["ci95"] is None and figures["variants"]["metatuner_j"]["against"] is None
-    mean = report.percent(figures["variants"]["metatuner_j"]["mean"])
-    assert f"| **metatuner_j** | 0 | 0.0005 | – | {mean} | – | – | – | – | – | – |" in report.score_table(figures)
-    assert "| sft | – | – | – | – | 13 min |" in report.cost_table(figures)
-    assert "they have no scored query in common" in report.verdicts(figures)
-    report.draw(figures, tmp_path / "plot.png")
+    mean = tables.percent(figures["variants"]["metatuner_j"]["mean"])
+    assert f"| **metatuner_j** | 0 | 0.0005 | – | {mean} | – | – | – | – | – | – |" in tables.score_table(figures)
+    assert "| sft | – | – | – | – | 13 min |" in tables.cost_table(figures)
+    assert "they have no scored query in common" in tables.verdicts(figures)
+    tables.draw(figures, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize(
@@ -553,14 +553,14 @@ def test_runs_without_scores_or_cost_show_dashes(tmp_path):
 )
 def test_the_verdict_is_plain(ours, rival, text, tmp_path):
     made = {("metatuner_j", 0): make_results("metatuner_j", 0, mean=ours), ("sft", 0): make_results("sft", 0, mean=rival)}
-    verdict = report.verdicts(summary.summarise(make_comparison(tmp_path / "c", made, seeds=(0,))))
+    verdict = tables.verdicts(summary.summarise(make_comparison(tmp_path / "c", made, seeds=(0,))))
     assert text in verdict and ("aims at" in verdict) == (ours > rival)
 
 
 def test_a_mixture_shows_its_parts(tmp_path):
     parts = {"words": {"after": {"mean": 0.75}}, "dates": {"after": {"mean": 0.25}}}
     made = {("sft", 0): make_results("sft", 0, parts=parts), ("metatuner_j", 0): make_results("metatuner_j", 0)}
-    text = report.part_table(summary.summarise(make_comparison(tmp_path / "c", made, seeds=(0,))))
+    text = tables.part_table(summary.summarise(make_comparison(tmp_path / "c", made, seeds=(0,))))
     assert "| after, on | words | dates |" in text and "| sft | 75.0 | 25.0 |" in text and "| metatuner_j | – | – |" in text
 
 
@@ -569,10 +569,10 @@ def test_notes_take_their_figures_from_the_runs(results):
         "MetaTuner-J: {metatuner_j.after}; {best_rival}: {best_rival.after}; goal {goal}, as a 95% interval."
     )
     figures = summary.summarise(results / "words")
-    ours, rival = (report.percent(figures["variants"][name]["mean"]) for name in ("metatuner_j", "sft"))
-    assert f"\n\nMetaTuner-J: {ours}%; sft: {rival}%; goal 10%, as a 95% interval.\n\n" in report.write(results)
-    assert report.fill("{metatuner_j.adapter.none} {sft.actor_calls}", figures, "n") == (
-        f"{report.percent(figures['variants']['metatuner_j']['adapter']['none'])}% 450"
+    ours, rival = (tables.percent(figures["variants"][name]["mean"]) for name in ("metatuner_j", "sft"))
+    assert f"\n\nMetaTuner-J: {ours}%; sft: {rival}%; goal 10%, as a 95% interval.\n\n" in tables.write(results)
+    assert tables.fill("{metatuner_j.adapter.none} {sft.actor_calls}", figures, "n") == (
+        f"{tables.percent(figures['variants']['metatuner_j']['adapter']['none'])}% 450"
     )
 
 
@@ -591,6 +591,6 @@ def test_notes_with_a_wrong_or_typed_figure_are_refused(notes, texts, results, c
 
 
 def test_figures_read_well():
-    assert [report.percent(x) for x in (None, 0.9549, -0.0001)] == ["–", "95.5", "0.0"]
-    assert [report.number(x) for x in (None, 0, 1234.4, 34_800_000)] == ["–", "0", "1,234", "34.8 million"]
-    assert [report.duration(x) for x in (None, 45, 100, 1010, 11_100)] == ["–", "45 s", "2 min", "17 min", "3 h 05 min"]
+    assert [tables.percent(x) for x in (None, 0.9549, -0.0001)] == ["–", "95.5", "0.0"]
+    assert [tables.number(x) for x in (None, 0, 1234.4, 34_800_000)] == ["–", "0", "1,234", "34.8 million"]
+    assert [tables.duration(x) for x in (None, 45, 100, 1010, 11_100)] == ["–", "45 s", "2 min", "17 min", "3 h 05 min"]

@@ -147,6 +147,17 @@ def test_every_control_is_what_its_name_says(tuned):
     assert [p["prompt"] for p in predictions] == [Numbers().decode(prompt) for prompt in prompts]
     assert results["prompts"]["distinct"] == len(set(prompts_text := [p["prompt"] for p in predictions])) > 1
     assert results["prompts"]["share_initial"] == np.mean([text == "5 6" for text in prompts_text])
+    for path, found in expected.items():
+        if "own" not in path:
+            gain = functools.reduce(dict.__getitem__, path, results["gains"])
+            differences = [score(a, e).strict - score(b, e).strict for a, b, e in zip(after, found, rows.examples)]
+            by_hand = evaluate.interval(differences, 50, setup.config.seed)
+            assert [gain["mean"], *gain["ci95"], gain["n"]] == pytest.approx([by_hand["mean"], *by_hand["ci95"], len(rows)]), path
+    assert set(results["delta_norms"]) == set(loras[0]) == set(setup.config.hyper.targets)
+    for target in loras[0]:
+        dense = [np.linalg.norm(np.asarray(one[target].a[:, 0]) @ np.asarray(one[target].b[:, 0]), axis=(1, 2)) for one in loras]
+        np.testing.assert_allclose(results["delta_norms"][target], np.mean(dense, axis=0), rtol=1e-4)
+        np.testing.assert_allclose(results["delta_norms_spread"][target], np.std(dense, axis=0), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("warmed", [False, True])

@@ -131,12 +131,14 @@ def test_a_run_may_be_given_more_steps(stopped, runs, root, tmp_path):
             patch.setattr(evaluate, "evaluate", lambda *args: (signal.raise_signal(signal.SIGTERM), plain(*args)))
         assert start(command(root, folder, *constant))[0] == (143 if stopped else 0)
     earlier = None if stopped else (folder / "results.json").read_text()
+    (folder / "report.html").write_text("of 4 steps")
     code, output = start(command(root, folder, *more))
     assert code == 0 and "note: going on with other settings: train.num_steps=6 (was 4)" in output and "resuming at step 4 of 6" in output
     assert_same(folder, whole)
     assert json.loads((folder / "config.json").read_text())["changes"] == [{"train.num_steps": [4, 6]}]
     if not stopped:
         assert (folder / "results-4.json").read_text() == earlier and (folder / "predictions-4.jsonl").exists()
+        assert (folder / "report-4.html").read_text() == "of 4 steps"
         assert f"the results after 4 steps are in {folder}/results-4.json" in output
 
 

@@ -16,11 +16,12 @@ import pytest
 from small_runs import assert_one_line, assert_same, command, load_state, read_lines, snapshot, start
 
 from experiments import choose_prompt, run
-from metatuner_jax import actor, data, evaluate, lora, networks, passes, pretrained, product, rollout
+from metatuner_jax import actor, data, evaluate, lora, networks, passes, plots, pretrained, product, progress, report, rollout
 from metatuner_jax import job as job_lib
 
 pytestmark = pytest.mark.usefixtures("compiled")
 REPOSITORY = pathlib.Path(__file__).parent.parent
+PLOTS = ("before_after", "adapters", "learning", "experts", "deltas")
 
 
 @pytest.mark.parametrize(
@@ -57,10 +58,12 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
+def finished(root, tmp_path_factory, draw):
     """A run from the first step to the last without a break."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    code, output = start(command(root, folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", draw)
+        code, output = start(command(root, folder))
     assert code == 0
     return Finished(folder, output)
 
@@ -69,7 +72,8 @@ def finished(root, tmp_path_factory):
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.folder.iterdir()}
     files = {"config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "before.jsonl", "run.log", "lock"}
-    assert names == {*files, "checkpoints", "checkpoint_sums", "mean_adapter.safetensors", "tensorboard"}
+    assert names == {*files, "checkpoints", "checkpoint_sums", "mean_adapter.safetensors", "report.html", "plots", "tensorboard"}
+    assert {path.name for path in (finished.folder / "plots").iterdir()} == {f"{name}.png" for name in PLOTS}
     assert sorted(path.name for path in (finished.folder / "checkpoints").iterdir()) == ["2", "4"]
     assert sorted(path.name for path in (finished.folder / "checkpoint_sums").iterdir()) == ["2.json", "4.json"]
     written = json.loads((finished.folder / "config.json").read_text())
@@ -103,6 +107,33 @@ def test_experts_have_a_line_for_each_attempt_and_one_winner_a_query(finished):
         assert winner["best"]
         if step == 0:
             assert tried[0]["prompt"] == "reverse the list"
+
+
+def test_a_report_that_cannot_be_written_is_a_line_in_the_log_and_loses_nothing(finished, tmp_path, monkeypatch, draw):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    before = snapshot(folder)
+    monkeypatch.setattr(report, "write", draw)
+    for wrong in (OSError(28, "No space left on device"), ImportError("no matplotlib"), ValueError("no number")):
+
+        def png(panels, path, wrong=wrong):
+            raise wrong
+
+        monkeypatch.setattr(plots, "png", png)
+        output = io.StringIO()
+        job_lib.draw(folder, progress.Progress(output))
+        assert output.getvalue() == f"note: the report could not be written ({wrong}); python -m experiments.report {folder} tries again\n"
+    kept = {path: content for path, content in snapshot(folder).items() if not path.endswith("report.html")}
+    assert kept.items() <= before.items()
+
+
+def test_the_report_shows_what_the_run_found(finished):
+    results, page = json.loads((finished.folder / "results.json").read_text()), (finished.folder / "report.html").read_text(encoding="utf-8")
+    assert f"<b>{100 * results['after']['mean']:.1f}%</b> of 8 unseen queries are answered rightly after training" in page
+    layers, widths = results["delta_norms"].values(), [len(values) for values in results["delta_norms_spread"].values()]
+    assert [len(values) for values in layers] == widths == [3, 3] and min(map(min, layers)) > 0
+    for line in read_lines(finished.folder / "predictions.jsonl"):
+        assert f">{line['id']}</small>" in page
 
 
 def test_predictions_and_results_agree(finished, root):

@@ -344,7 +344,8 @@ def test_names_in_data_are_never_taken_for_paths(root, tmp_path, monkeypatch):
     left = {path for path in snapshot(tmp_path) if not path.startswith(str(here / "run"))}
     assert left == set(before) and not pathlib.Path("/escaped").exists() and not pathlib.Path(NAMES[1]).exists()
     expected = {
-        "config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "before.jsonl", "lock", "run.log", "checkpoints", "checkpoint_sums", "tensorboard",
+        "config.json", "metrics.jsonl", "experts.jsonl", "predictions.jsonl", "results.json", "before.jsonl", "lock", "run.log", "checkpoints", "checkpoint_sums",
+        "report.html", "plots", "tensorboard",
     }  # fmt: skip
     assert {path.name for path in (here / "run").iterdir()} <= expected
 

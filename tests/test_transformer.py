@@ -171,6 +171,14 @@ def test_gram_and_norm_are_those_of_the_dense_deltas():
     np.testing.assert_allclose(lora.norm(lora.row(loras, 1)), np.linalg.norm(dense[1]), rtol=1e-5)
 
 
+def test_norms_are_those_of_each_dense_delta_alone():
+    loras = loras_for(3)
+    for which in (loras, lora.row(loras, 1)):
+        found = lora.norms(which)
+        for target, one in which.items():
+            np.testing.assert_allclose(found[target], np.linalg.norm(np.asarray(one.a) @ np.asarray(one.b), axis=(-2, -1)), rtol=1e-5)
+
+
 def test_the_effective_rank_counts_directions():
     rows = np.array([[3.0, 0, 0], [0, 3, 0], [0, 0, 3]])
     for vectors, expected in ((rows, 3), (rows[:1] * [[1], [2], [-1]], 1), (rows[[0, 0, 1]] * [[1], [1], [2**0.5]], 2), (0 * rows, 0)):

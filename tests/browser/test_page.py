@@ -1,10 +1,8 @@
 """The server's page, as a browser shows it."""
 
 import os
-import shutil
 
 import pytest
-from playwright.sync_api import sync_playwright
 from small_runs import STRONG, command, read_lines, served, start
 
 import metatuner_jax as mt
@@ -25,14 +23,6 @@ def folder(root, tmp_path_factory):
 def url(folder):
     with served(serve.make_app(serve.Batcher(mt.Tuner.load(folder)), "my run")) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
