@@ -85,7 +85,7 @@ def norm(loras: dict[str, Lora]) -> Float[Array, ""]:
 
 
 def norms(loras: dict[str, Lora]) -> dict[str, Any]:
-    """Returns the norm of each delta alone, [*l, *b] by projection, from the inner products of its factors' columns and rows."""
+    """Returns the norm of each delta alone, `[*l, *b]` by projection, from the inner products of its factors' columns and rows."""
 
     def one(lora):
         products_a = jnp.einsum("...ir,...is->...rs", lora.a, lora.a)

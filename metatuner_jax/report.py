@@ -64,7 +64,7 @@ def read(folder) -> Run:
 
 
 def write(folder) -> pathlib.Path:
-    """Writes report.html and plots/*.png into a run folder, and returns the page's path.
+    """Writes report.html and plots/ into a run folder, and returns the page's path.
 
     Raises:
       ValueError: there is no run of ours, or report.html is another one's.

@@ -67,6 +67,7 @@ def use(python: pathlib.Path, folder: pathlib.Path, commands: list[str]) -> None
     call("experiments.run", "--config", "quickstart", *small, "--plan", "--devices", "1", says="memory")
     call("experiments.run", "--config", "quickstart", "--workdir", "runs/q", *small, says="Everything is in runs/q")
     call("experiments.run", "--config", "quickstart", "--workdir", "runs/q", *small, says="nothing to do")
+    call("experiments.report", "runs/q", says="report.html")
     call("experiments.predict", "--workdir", "runs/q", "--query", "Reverse this list of words: one, two, three", says="answer: ")
     (folder / "more.jsonl").write_text('{"query": "Reverse this list of words: one, two, three", "answer": "three, two, one"}\n' * 4)
     call("experiments.predict", "--workdir", "runs/q", "--input", "more.jsonl", "--json", says='"prompt": ')
