@@ -91,7 +91,7 @@ def test_the_step_compiles_once_a_bucket_and_padding_changes_nothing(networks, b
 def test_a_batch_in_parts_is_learnt_from_as_one(method, gradient, networks, batch):
     setup = make_setup(method=method, train={"prompt_gradient": gradient}, rollout={"every": 1})
     frozen, params = networks(setup)
-    again = np.array([0, 1, 2, 0, 2, 1])  # of six rows, those of each part differ in length
+    again = np.array([0, 1, 2, 0, 2, 1])  # of six rows, in three parts of two
     batch = {name: leaf[again] for name, leaf in batch.items()} | {name + end: batch["answer" + end][rows] for name, rows in (
         ("chosen", again), ("rejected", again[::-1])) for end in ("", "_mask")}  # fmt: skip
     found = {}
