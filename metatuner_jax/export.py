@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
 import numpy as np
 import safetensors.numpy
 
-from metatuner_jax import checkpoint, files, generator, pretrained
+from metatuner_jax import checkpoint, files, generator, int8, pretrained
 from metatuner_jax.config import ModelConfig
 from metatuner_jax.lora import Lora
 from metatuner_jax.tuner import Tuner
@@ -100,13 +100,15 @@ def write_peft(folder: pathlib.Path, model: ModelConfig, base: str, loras: dict[
 
 
 def merged(tuner: Tuner, loras: dict[str, Lora]) -> dict[str, np.ndarray]:
-    """Returns the actor's weights with a LoRA of all rows added, float32, by the paths of `pretrained.layout`."""
+    """Returns the actor's weights, as they answered, with a LoRA of all rows added, float32, by the paths of `pretrained.layout`."""
     config, model = tuner.setup.config, tuner.setup.actor
     if tuner.warmed_up is not None and config.warmup.actor_train == "full":
         arrays = flat(tuner.warmed_up)
     else:
         arrays = {}
-        pretrained.load(config.actor.model, "float32", put=lambda path, array: arrays.setdefault(path, np.array(array)))
+        pretrained.load(config.actor.model, "float32", lambda path, array: arrays.setdefault(path, np.array(array)), config.weights)
+        for path in [path for path in arrays if path.endswith("/kernel") and path.replace("kernel", "scale") in arrays]:  # in 8 bits
+            arrays[path] = int8.dense({"kernel": arrays[path], "scale": arrays.pop(path.replace("kernel", "scale"))})
         loras = whole_lora(tuner, loras)
     for path in ("embed/embedding", "head/kernel"):
         if path in arrays:
