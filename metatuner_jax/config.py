@@ -316,8 +316,8 @@ def check(config: Config) -> None:
     if config.weights == "int8" and METHODS[config.method].learns and (config.warmup.actor_steps or config.method == "dpo"):
         what = "method=dpo" if config.method == "dpo" else f"warmup.actor_steps={config.warmup.actor_steps}"
         raise ValueError(
-            f"weights=int8 cannot go with {what}: what the actor learns first is merged into its weights, and 8 bits are too coarse for that; take "
-            "weights=dtype, or fine-tune the actor in a run of its own, export it (--to merged) and give that as actor.model"
+            f"weights=int8 cannot go with {what}: what the actor learns first is merged into its weights, and rounding these to 8 bits again would lose "
+            "a part of it; take weights=dtype, or fine-tune the actor in a run of its own, export it (--to merged) and give that as actor.model"
         )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2**31")

@@ -194,6 +194,7 @@ def card(saved: dict, results: dict, base: str, loras: dict[str, Lora]) -> str:
     drop = 100 * (adapter["own"]["mean"] - adapter["mean"]["mean"])
     prompts = "\n".join(f"- {name + ': ' if name else ''}`{json.dumps(text, ensure_ascii=False)}`" for name, text in saved["initial_prompts"].items())
     source = f"The run's own base, by which the scores below were had, was `{config['actor']['model']}`." if config["actor"]["model"] != base else ""
+    source += " The scores below were had with the layers of the base in 8 bits." if config.get("weights") == "int8" else ""
     return f"""---
 base_model: {base}
 library_name: peft
