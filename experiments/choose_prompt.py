@@ -64,7 +64,7 @@ def score(config, candidates):
     for prompt, ids in zip(candidates, encoded):
         if len(ids) > limit:
             raise run.Mistake(f"generator.max_prompt_tokens={limit} is less than {prompt!r} needs ({len(ids)} with the end token): raise it")
-    _, actor = pretrained.load(config.actor.model, job.setup.config.dtype)
+    _, actor = pretrained.load(config.actor.model, job.setup.config.dtype, weights=config.weights)
     actor = transformer.cut_vocabulary(actor, job.setup.actor.vocab_size)
     frozen = sharding.place(generator.Frozen(None, actor, tokens.allowed), job.mesh)
     passes = Passes(job.setup, frozen, job.mesh, config.eval.batch_size, Progress(), job.tokens)

@@ -232,7 +232,7 @@ def make_plan(setup, lengths, mesh) -> dict:
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     largest = max(totals, key=totals.__getitem__)
     return {
-        "method": config.method, "dtype": config.dtype, "mesh": mesh.shape, "devices": mesh.size,
+        "method": config.method, "dtype": config.dtype, "weights": config.weights, "mesh": mesh.shape, "devices": mesh.size,
         "generator": {"model": config.generator.model, "train": config.generator.train, **dataclasses.asdict(setup.generator), "num_shared": setup.num_shared},
         "actor": {"model": config.actor.model, **dataclasses.asdict(setup.actor)},
         "batch_size": config.train.batch_size, "eval_batch_size": config.eval.batch_size, "remat": config.train.remat,
@@ -249,7 +249,7 @@ class _Key:
     def __init__(self, setup):
         self.setup, c = setup, setup.config
         same = c.generator.model == c.actor.model
-        self.text = repr((c.method, c.dtype, c.generator, c.hyper, c.warmup, c.train.prompt_gradient, setup.generator, setup.actor, same))
+        self.text = repr((c.method, c.dtype, c.weights, c.generator, c.hyper, c.warmup, c.train.prompt_gradient, setup.generator, setup.actor, same))
 
     def __hash__(self):
         return hash(self.text)
@@ -369,7 +369,7 @@ def actor_tokens(setup, lengths) -> int:
 
 def answer_memory(setup, lengths, mesh, evaluates: bool) -> dict[str, int]:
     """Returns the bytes a device takes in rollouts or evaluation beside what it holds all through, by part: prompts are written first, then answers."""
-    config, method, unrolls = setup.config, setup.method, decode.fastest_layers() == "unroll"
+    config, method, unrolls = setup.config, setup.method, decode.fastest_layers(weights=setup.config.weights) == "unroll"
     itemsize, parts = setup.dtype.itemsize, sharding.row_parts(mesh)
     copies = 1 if evaluates else config.rollout.num_prompts
     ours, theirs = (Share(model, mesh.tensor, itemsize) for model in (setup.generator, setup.actor))
@@ -498,6 +498,8 @@ def changes(setup, mesh):
     while setup.method.learns and config.train.batch_size % (parts * rows) == 0:
         yield f"train.accumulate={parts}", with_(train={"accumulate": parts}), mesh
         parts *= 2
+    if config.weights != "int8" and not config.warmup.actor_steps:
+        yield "weights=int8", dataclasses.replace(setup, config=dataclasses.replace(config, weights="int8")), mesh
     for section in ("train", "eval"):
         size = getattr(config, section).batch_size // 2
         while size and size % rows == 0:
@@ -548,7 +550,7 @@ def table(plan: dict) -> str:
     """Returns a plan as text."""
     mesh, ours, theirs, lengths = plan["mesh"], plan["generator"], plan["actor"], plan["lengths"]
     lines = [
-        f"{plan['method']}, {plan['dtype']}, on {plan['devices']} devices: " + ", ".join(f"{name}={size}" for name, size in mesh.items()),
+        f"{plan['method']}, {plan['dtype']}{', frozen layers in int8' * (plan['weights'] == 'int8')}, on {plan['devices']} devices: " + ", ".join(f"{name}={size}" for name, size in mesh.items()),
         (
             f"generator: {ours['model']}, {ours['num_layers']} layers of {ours['width']}, {ours['num_shared']} shared, train={ours['train']}; "
             f"actor: {theirs['model']}, {theirs['num_layers']} layers of {theirs['width']}"

@@ -13,6 +13,7 @@ import ml_collections
 from metatuner_jax.methods import METHODS
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+WEIGHTS = ("dtype", "int8")
 
 
 def _field(default, help):
@@ -177,6 +178,7 @@ class Config:
     method: str = _field("metatuner_j", ", ".join(METHODS))
     seed: int = _field(0, "of everything random")
     dtype: str = _field("auto", "of the frozen weights and the compute: 'bfloat16', 'float32', or 'auto': float32 on a CPU that cannot multiply bfloat16")
+    weights: str = _field("dtype", "of the frozen models' layers: as 'dtype' says, or 'int8': 8 bits a weight, with a scale for each output of a projection")
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
     actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
@@ -245,8 +247,8 @@ MAY_CHANGE = (
 
 # These may be others for answering with what a run has trained than they were in training.
 MAY_DIFFER = (
-    "dtype", "generator.model", "actor.model", "actor.max_answer_tokens", "actor.stop", "eval.batch_size", "data.too_long", "data.buckets", "mesh.data",
-    "mesh.fsdp", "mesh.tensor",
+    "dtype", "weights", "generator.model", "actor.model", "actor.max_answer_tokens", "actor.stop", "eval.batch_size", "data.too_long", "data.buckets",
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
 
 
@@ -267,6 +269,7 @@ def check(config: Config) -> None:
     """Raises ValueError for the first setting that no run could use, naming field, value and way out."""
     one_of("method", config.method, METHODS)
     one_of("dtype", config.dtype, ("auto", "bfloat16", "float32"))
+    one_of("weights", config.weights, WEIGHTS)
     one_of("generator.train", config.generator.train, ("lora", "full"))
     one_of("hyper.network", config.hyper.network, ("two_layer", "trunk"))
     one_of("warmup.actor_train", config.warmup.actor_train, ("lora", "full"))
@@ -335,6 +338,12 @@ def check(config: Config) -> None:
                 f"rollout.budget={config.rollout.budget} must be at least preference.num_samples={config.preference.num_samples} "
                 "for method=dpo: it has no pairs without answers"
             )
+    if config.weights == "int8" and METHODS[config.method].learns and (config.warmup.actor_steps or config.method == "dpo"):
+        what = "method=dpo" if config.method == "dpo" else f"warmup.actor_steps={config.warmup.actor_steps}"
+        raise ValueError(
+            f"weights=int8 cannot go with {what}: what the actor learns first is merged into its weights, and rounding these to 8 bits again would lose "
+            "a part of it; take weights=dtype, or fine-tune the actor in a run of its own, export it (--to merged) and give that as actor.model"
+        )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2**31")
     if config.generator.num_shared is not None and config.generator.num_shared < 1:

@@ -132,11 +132,17 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
     return [jnp.concatenate([start.last, part], axis=1) for part in parts]
 
 
-def fastest_layers(in_step: bool = False) -> str:
+def fastest_layers(in_step: bool = False, weights: str = "dtype") -> str:
     """Returns how many rows are written quickest: a scan copies each layer's weights for each token, on a CPU and on a GPU.
 
-    In a training step, a CPU scans nevertheless: there, the time to compile grows with what is unrolled.
+    In a training step, a CPU scans nevertheless: there, the time to compile grows with what is unrolled. Weights in 8 bits are scanned
+    everywhere: they are made wider for each token in any case, and unrolled, all layers' wide copies are alive at once on a CPU.
+
+    Args:
+      weights: as the setting of that name.
     """
+    if weights == "int8":
+        return "scan"
     return {"cpu": "scan" if in_step else "unroll", "gpu": "unroll"}.get(jax.default_backend(), "scan")
 
 

@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
 import numpy as np
 import safetensors.numpy
 
-from metatuner_jax import checkpoint, data, files, generator, pretrained
+from metatuner_jax import checkpoint, data, files, generator, int8, pretrained
 from metatuner_jax.config import ModelConfig
 from metatuner_jax.lora import Lora
 from metatuner_jax.tuner import Tuner
@@ -105,13 +105,15 @@ def write_peft(folder: pathlib.Path, model: ModelConfig, base: str, loras: dict[
 
 
 def merged(tuner: Tuner, loras: dict[str, Lora]) -> dict[str, np.ndarray]:
-    """Returns the actor's weights with a LoRA of all rows added, float32, by the paths of `pretrained.layout`."""
+    """Returns the actor's weights, as they answered, with a LoRA of all rows added, float32, by the paths of `pretrained.layout`."""
     config, model = tuner.setup.config, tuner.setup.actor
     if tuner.warmed_up is not None and config.warmup.actor_train == "full":
         arrays = flat(tuner.warmed_up)
     else:
         arrays = {}
-        pretrained.load(config.actor.model, "float32", put=lambda path, array: arrays.setdefault(path, np.array(array)))
+        pretrained.load(config.actor.model, "float32", lambda path, array: arrays.setdefault(path, np.array(array)), config.weights)
+        for path in [path for path in arrays if path.endswith("/kernel") and path.replace("kernel", "scale") in arrays]:  # in 8 bits
+            arrays[path] = int8.dense({"kernel": arrays[path], "scale": arrays.pop(path.replace("kernel", "scale"))})
         loras = whole_lora(tuner, loras)
     for path in ("embed/embedding", "head/kernel"):
         if path in arrays:
@@ -197,6 +199,7 @@ def card(saved: dict, results: dict, base: str, loras: dict[str, Lora]) -> str:
     drop = 100 * (adapter["own"]["mean"] - adapter["mean"]["mean"])
     prompts = "\n".join(f"- {name + ': ' if name else ''}`{json.dumps(text, ensure_ascii=False)}`" for name, text in saved["initial_prompts"].items())
     source = f"The run's own base, by which the scores below were had, was `{config['actor']['model']}`." if config["actor"]["model"] != base else ""
+    source += " The scores below were had with the layers of the base in 8 bits." if config.get("weights") == "int8" else ""
     return f"""---
 base_model: {base}
 library_name: peft

@@ -417,7 +417,7 @@ def introduce(progress, job):
         f"generator: {config.generator.model}, {setup.generator.num_layers} layers of {setup.generator.width}, {setup.num_shared} shared, "
         f"train={config.generator.train}; actor: {config.actor.model}, {setup.actor.num_layers} layers of {setup.actor.width}"
     )
-    progress.line(f"device: {jax.device_count()} x {device.device_kind} ({jax.default_backend()}), {config.dtype}, mesh {dict(job.mesh.shape)}")
+    progress.line(f"device: {jax.device_count()} x {device.device_kind} ({jax.default_backend()}), {config.dtype}{', frozen layers in int8' * (config.weights == 'int8')}, mesh {dict(job.mesh.shape)}")
     progress.line("rows: " + ", ".join(f"{len(part)} {name}" for name, part in rows.items()) + f"; longest: {_lengths(job.lengths)}")
     for split, (queries, answers) in job.too_long.items():
         if queries or answers:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from metatuner_jax import actor, decode, generator, lora, transformer
+from metatuner_jax import actor, decode, generator, int8, lora, transformer
 
 
 def token_loss(log_likelihoods: Float[Array, "b t"], weights: Float[Array, "b t"], count=None) -> Float[Array, ""]:
@@ -82,7 +82,7 @@ def joint_loss(setup, params, prompt_copy, frozen, batch, key, step=0, terms=TER
             writer = params if relaxed else {**params, "prompt": prompt_copy}
             begin = prefill if relaxed else generator.start(setup, writer, frozen, query)
             temperature = temperature_at(config, step)
-            sampled = generator.write(setup, writer, frozen, begin, key, rows, temperature, layers=decode.fastest_layers(in_step=True))
+            sampled = generator.write(setup, writer, frozen, begin, key, rows, temperature, layers=decode.fastest_layers(True, config.weights))
             prompts = sampled.tokens, sampled.mask
             segments += [prompts] * relaxed
             same = jnp.where(sampled.mask, sampled.tokens, -1) == jnp.where(batch["initial_mask"], batch["initial"], -1)
@@ -128,7 +128,7 @@ def delta_metrics(setup, frozen, loras) -> dict:
     loras = jax.lax.stop_gradient(loras)
     layers = frozen.actor["layers"]
     stacks = layers if isinstance(layers, tuple) else (layers,)
-    weights = sum(jnp.sum(jnp.square(stack[name]["kernel"].astype(jnp.float32))) for stack in stacks for name in loras)
+    weights = sum(jnp.sum(jnp.square(int8.dense(stack[name]))) for stack in stacks for name in loras)
     if setup.method.adapter == "static":
         norm = lora.norm(loras)
         return {"delta_norm": norm, "delta_ratio": norm / jnp.sqrt(weights)}

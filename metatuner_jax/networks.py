@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from metatuner_jax import generator, pretrained, sharding, train, transformer
+from metatuner_jax import generator, int8, pretrained, sharding, train, transformer
 
 
 def load(setup, tokens, key, mesh):
@@ -11,7 +11,7 @@ def load(setup, tokens, key, mesh):
     frozen = load_frozen(setup, tokens, mesh)
     base = frozen.generator or {}
     if _has_generator(setup) and setup.config.generator.train == "full":
-        base = _load_model(setup, "generator", "float32", mesh, cut=True)
+        base = _load_model(setup, "generator", "float32", "dtype", mesh, cut=True)
     return frozen, generator.init(setup, base, key, frozen.actor)
 
 
@@ -20,8 +20,8 @@ def load_frozen(setup, tokens, mesh) -> generator.Frozen:
     config = setup.config
     held = _has_generator(setup) and config.generator.train == "lora"
     same = config.generator.model == config.actor.model
-    actor = _load_model(setup, "actor", config.dtype, mesh, cut=held and same)
-    writer = None if not held else actor if same else _load_model(setup, "generator", config.dtype, mesh, cut=True)
+    actor = _load_model(setup, "actor", config.dtype, config.weights, mesh, cut=held and same)
+    writer = None if not held else actor if same else _load_model(setup, "generator", config.dtype, config.weights, mesh, cut=True)
     return generator.Frozen(writer, actor, sharding.place({"allowed": jnp.array(tokens.allowed)}, mesh)["allowed"])
 
 
@@ -30,7 +30,7 @@ def _has_generator(setup):
     return setup.method.prompt != "initial" or setup.method.learns_generator
 
 
-def _load_model(setup, role, dtype, mesh, cut):
+def _load_model(setup, role, dtype, weights, mesh, cut):
     """Returns a model's weights, each put to where it shall live as soon as it is read; its layers cut at k where asked."""
     k = setup.num_shared
 
@@ -41,7 +41,7 @@ def _load_model(setup, role, dtype, mesh, cut):
         placed = tuple(sharding.place_one(path, part, mesh) for part in parts)
         return placed if len(parts) > 1 else placed[0]
 
-    _, params = pretrained.load(getattr(setup.config, role).model, dtype, put)
+    _, params = pretrained.load(getattr(setup.config, role).model, dtype, put, weights)
     if cut:
         half = lambda i: jax.tree.map(lambda halves: halves[i], params["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple))
         params["layers"] = (half(0), half(1))
@@ -57,10 +57,15 @@ def shapes(setup):
         layers = params["layers"]
         return {**params, "layers": (transformer.cut(layers, 0, k), transformer.cut(layers, k, total))}
 
+    def frozen(model, key):
+        params = transformer.init(model, key, config.dtype)
+        return {**params, "layers": int8.quantise_layers(params["layers"])} if config.weights == "int8" else params
+
     def make(key):
-        base = None if not _has_generator(setup) else halves(transformer.init(setup.generator, key, "float32" if config.generator.train == "full" else config.dtype))
-        held = base if config.generator.train == "lora" else None
-        actor = held if same and held is not None else transformer.init(setup.actor, key, config.dtype)
+        full = config.generator.train == "full"
+        base = None if not _has_generator(setup) else halves(transformer.init(setup.generator, key) if full else frozen(setup.generator, key))
+        held = None if full else base
+        actor = held if same and held is not None else frozen(setup.actor, key)
         state = train.init_state(setup, generator.init(setup, base or {}, key, actor))
         return state, generator.Frozen(held, actor, jnp.ones(setup.actor.vocab_size, bool))
 

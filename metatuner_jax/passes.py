@@ -44,7 +44,7 @@ class Passes:
         self.tokens = 0  # real ones, read and written so far, each counted once in each model
         jit = functools.partial(jax.jit, compiler_options=product.compiler_options())
         self._encode = jit(functools.partial(_encode, setup))
-        self.layers = decode.fastest_layers()
+        self.layers = decode.fastest_layers(weights=setup.config.weights)
         self._write = jit(functools.partial(_write, setup, self.layers), static_argnums=0)
         self._adapt = jax.jit(functools.partial(generator.adapt, setup))
         self._static = jax.jit(functools.partial(generator.static, scale=setup.config.hyper.scale))

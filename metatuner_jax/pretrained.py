@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from metatuner_jax.config import ModelConfig, nearest
+from metatuner_jax import int8
+from metatuner_jax.config import WEIGHTS, ModelConfig, nearest, one_of
 from metatuner_jax.config import short as _short
 
 FAMILIES = {
@@ -439,7 +440,9 @@ def layout(config: ModelConfig) -> list[Leaf]:
     return leaves
 
 
-def load(spec: str | os.PathLike, dtype: DTypeLike = "float32", put: Callable[[str, np.ndarray], Any] | None = None) -> tuple[ModelConfig, dict]:
+def load(
+    spec: str | os.PathLike, dtype: DTypeLike = "float32", put: Callable[[str, np.ndarray], Any] | None = None, weights: str = "dtype",
+) -> tuple[ModelConfig, dict]:
     """Returns the shape of a model and its parameters, as nested dicts named as those of `transformer.init`.
 
     Tensors are read one by one into the stacked array that they belong to: the host holds at most the model and one
@@ -449,6 +452,7 @@ def load(spec: str | os.PathLike, dtype: DTypeLike = "float32", put: Callable[[s
       dtype: of the returned arrays, 'float32', 'bfloat16' or 'float16', as a name or as numpy or jax have it.
       put: takes each array (numpy) with its path, such as 'layers/q/kernel', to where it shall live; None: the
         default device.
+      weights: as the setting of that name: 'int8' quantises the kernels of projections tensor by tensor, and `put` takes their scales too.
 
     Raises:
       ValueError: files or tensors are missing, superfluous, misshapen or of an unknown kind.
@@ -458,6 +462,7 @@ def load(spec: str | os.PathLike, dtype: DTypeLike = "float32", put: Callable[[s
     dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    one_of("weights", weights, WEIGHTS)
     path = resolve(spec)
     if put is None:
         import jax.numpy as jnp
@@ -467,7 +472,7 @@ def load(spec: str | os.PathLike, dtype: DTypeLike = "float32", put: Callable[[s
 
     with contextlib.ExitStack() as stack:
         config, tensors = _open(path, stack)
-        return config, _stack_tensors(config, tensors, dtype, put, path)
+        return config, _stack_tensors(config, tensors, dtype, put, weights, path)
 
 
 def check_weights(spec) -> None:
@@ -504,22 +509,30 @@ def _of_language_model(tensors):
     return found
 
 
-def _stack_tensors(config, tensors, dtype, put, where):
+def _stack_tensors(config, tensors, dtype, put, weights, where):
     leaves = layout(config)
     _check_tensors(config, tensors, leaves, where)
     params = {}
     for leaf in leaves:
-        shape = leaf.shape[::-1] if leaf.transposed else leaf.shape
-        array = np.empty((len(leaf.names), *shape) if leaf.stacked else shape, dtype)
+        shape, quantised = leaf.shape[::-1] if leaf.transposed else leaf.shape, weights == "int8" and leaf.transposed
+        array = np.empty((len(leaf.names), *shape) if leaf.stacked else shape, np.int8 if quantised else dtype)
+        scale = np.empty((len(leaf.names), shape[-1]), np.float32)
         for i, name in enumerate(leaf.names):
             tensor = tensors[name].read()
-            np.copyto(array[i] if leaf.stacked else array, tensor.T if leaf.transposed else tensor, casting="same_kind")
+            if not quantised:
+                np.copyto(array[i] if leaf.stacked else array, tensor.T if leaf.transposed else tensor, casting="same_kind")
+            elif np.isfinite(tensor).all():
+                array[i], scale[i] = int8.quantise(tensor.T)
+            else:
+                raise ValueError(f"{where}: tensor {name} holds a number that is not finite, for which 8 bits have none: take the model's own file")
             del tensor
         *nodes, last = leaf.path.split("/")
         node = params
         for name in nodes:
             node = node.setdefault(name, {})
         node[last] = put(leaf.path, array)
+        if quantised:
+            node["scale"] = put("/".join([*nodes, "scale"]), scale)
         del array  # before the next one is made
     return params
 

@@ -20,8 +20,10 @@ def einsum(spec: str, x, y, dtype=None):
 
     Args:
       spec: such as "bti,io->bto"; each index stands in two of its three terms at least.
+      y: int8 too, which becomes of the type of x here, so that the backward pass keeps its 8 bits; it has no gradient then.
     """
     dtype = dtype or x.dtype
+    y = y.astype(x.dtype) if y.dtype == jnp.int8 else y
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32 if jax.default_backend() == "cpu" else dtype).astype(dtype)
 
 
@@ -62,7 +64,8 @@ def _backward(spec, dtype, kept, gradient):
     (x, y), (terms, out) = kept, spec.split("->")
     of_x, of_y = terms.split(",")
     gradient = gradient.astype(x.dtype)
-    return einsum(f"{out},{of_y}->{of_x}", gradient, y, x.dtype), einsum(f"{of_x},{out}->{of_y}", x, gradient, y.dtype)
+    for_x = einsum(f"{out},{of_y}->{of_x}", gradient, y, x.dtype)
+    return for_x, None if y.dtype == jnp.int8 else einsum(f"{of_x},{out}->{of_y}", x, gradient, y.dtype)
 
 
 einsum.defvjp(_forward, _backward)

@@ -20,6 +20,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|/)(q|k|v|gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"(^|/)(o|down)/kernel$", (None, "tensor", "fsdp")),
     (r"(^|/)(q|k|v)/bias$", (None, "tensor")),
+    (r"(^|/)(q|k|v|gate|up)/scale$", (None, "tensor")),
+    (r"(^|/)(o|down)/scale$", (None, "fsdp")),
     (r"hyper/.*_down$", (None, "fsdp", None)),
     (r"hyper/.*_up$", (None, None, "fsdp")),
     (r"hyper/.*_bias$", (None, "fsdp")),

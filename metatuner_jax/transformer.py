@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """x @ kernel, and what the LoRA adds."""
+    """x @ kernel, times the scale that a kernel in 8 bits has beside it (see `int8`), and what the LoRA adds."""
 
     features: int
     use_bias: bool = False
@@ -67,7 +67,11 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x, lora):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        y = product.einsum("bti,io->bto", x, kernel.astype(x.dtype))
+        scale = self.get_variable("params", "scale")
+        if scale is None:
+            y = product.einsum("bti,io->bto", x, kernel.astype(x.dtype))
+        else:
+            y = (product.einsum("bti,io->bto", x, kernel, jnp.float32) * scale).astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32).astype(x.dtype)
         return y if lora is None else y + lora_lib.delta(x, lora)

@@ -101,7 +101,7 @@ def with_newer_settings(saved):
     """Returns a saved config with the settings that its version did not know, at their defaults, with which things are as they were."""
     default = config_lib.plain(config_lib.Config())
     sections = {name: leaves for name, leaves in saved.items() if isinstance(leaves, dict) and isinstance(default.get(name), dict)}
-    found = {**saved, **{name: {**default[name], **leaves} for name, leaves in sections.items()}}
+    found = {**default, **saved, **{name: {**default[name], **leaves} for name, leaves in sections.items()}}
     if isinstance(found["train"]["remat"], bool):  # as it was before there were several kinds
         found["train"]["remat"] = "all" if found["train"]["remat"] else "none"
     return found

@@ -218,8 +218,8 @@ def phase_of(log):
 
 
 @pytest.mark.parametrize(("module", "name", "doing", "ways"), [
-    (losses, "delta_metrics", "steps", "raise train.accumulate=1 to 2, set train.remat=all in the place of products, lower train.batch_size=4, "),
-    (actor, "begin", "evaluation", "lower eval.batch_size=8, lower actor.max_answer_tokens=6, "),
+    (losses, "delta_metrics", "steps", "raise train.accumulate=1 to 2, set train.remat=all in the place of products, lower train.batch_size=4, set weights=int8, "),
+    (actor, "begin", "evaluation", "lower eval.batch_size=8, lower actor.max_answer_tokens=6, set weights=int8, "),
 ])  # fmt: skip
 def test_where_the_memory_does_not_suffice_the_options_are_named(module, name, doing, ways, root, tmp_path, monkeypatch, capfd):
     plain = getattr(module, name)

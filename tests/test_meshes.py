@@ -137,7 +137,7 @@ path, _, assignments, _ = run.parse(json.loads(sys.argv[1]))
 job = job_lib.prepare(run.load_config(path, assignments))
 load, largest = pretrained.load, 0
 
-def watched(name, dtype, put):
+def watched(name, dtype, put, *rest):
     "Loads, and looks at what any device holds after each array."
     def look(path, array):
         global largest
@@ -145,7 +145,7 @@ def watched(name, dtype, put):
         here = [array for array in jax.live_arrays() if jax.devices()[0] in array.sharding.device_set]
         largest = max(largest, sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in here))
         return placed
-    return load(name, dtype, look)
+    return load(name, dtype, look, *rest)
 
 pretrained.load = watched
 frozen, params = networks.load(job.setup, job.tokens, jax.random.key(0), job.mesh)
