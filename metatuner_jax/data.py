@@ -98,6 +98,13 @@ class Tokens:
         whole = lambda count: any(stop in text for text in [self.decode(ids[:count])] for stop in self.stop)
         return next(filter(whole, range(1, len(ids) + 1))) if self.stop and whole(len(ids)) else None
 
+    def before_stop(self, ids) -> list[int]:
+        """Returns an answer's tokens without those of the text that it stopped before, and of what they share with it; all where there is none."""
+        if self.stopped_at(ids) is None:
+            return list(ids)
+        (text,) = self.answers([ids], [None])
+        return list(ids[: max(count for count in range(len(ids)) if text.startswith(self.decode(ids[:count])))])
+
     def generator_ids(self, initial_prompt: str, query: str) -> tuple[list[int], list[bool]]:
         """Returns the generator's input for a query, and which of it are the query's own tokens."""
         start, between, after = self._around_both

@@ -123,7 +123,7 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
     attend = jnp.concatenate([jnp.broadcast_to(start.mask[:, None], (b, len(number), t)), itself], axis=-1)
     positions = jnp.sum(start.mask, axis=1, keepdims=True) + np.concatenate([np.arange(size) for size in sizes])
     seen = None
-    if transformer.window_binds(config, t + max(sizes)):
+    if transformer.window_binds(config, attend.shape[-1]):
         seen = jnp.concatenate([transformer.positions_of(start.mask), positions], axis=1)
     context = transformer.make_context(config, positions, attend, positions_seen=seen)
     x = transformer.embed(config, params, tokens)

@@ -51,12 +51,12 @@ def write_text(path, text: str) -> None:
     beside.replace(path)
 
 
-def read_json(path):
+def read_json(path, way_out: str = "give another --workdir"):
     """Returns the content of a JSON file of ours, None where there is none; raises ValueError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (ValueError, RecursionError, OSError) as error:  # RecursionError: brackets without end
-        raise ValueError(f"{path} cannot be read ({error}): give another --workdir") from None
+        raise ValueError(f"{path} cannot be read ({error}): {way_out}") from None
 
 
 def _lines(objects):

@@ -99,27 +99,37 @@ def begin(config: config_lib.Config, workdir: pathlib.Path, others: dict | None 
         yield job
 
 
+# What a run has learnt means something under these settings alone, where one of these parts is taken; None: whatever is.
+BELONG = {
+    "generator.model": None, "actor.model": None, "generator.scale": {"shared", "prompt", "encoder"}, "warmup.scale": {"actor"},
+    **{name: {"hyper"} for name in ("hyper.scale", "hyper.pool", "hyper.standardize", "hyper.network")},
+}  # fmt: skip
+
+
 def start_of(setup, config) -> Start:
     """Returns what a run takes of `train.start_from`; raises ValueError where that has nothing for it, from shapes alone."""
-    folder, field = pathlib.Path(config.train.start_from), f"train.start_from={config.train.start_from!r}"
+    folder, way_out = pathlib.Path(config.train.start_from), "take another train.start_from, or none"
+    field = f"train.start_from={folder}"
+    theirs, results = workdir_lib.read_config(folder, "train.start_from"), files.read_json(folder / "results.json", way_out)
     try:
-        theirs, results = workdir_lib.read_config(folder), files.read_json(folder / "results.json")
         step = results["checkpoint"] if results else checkpoint.best_in(folder / "checkpoints")
-        if step is None:
-            raise ValueError(f"{folder} has no checkpoint yet")
-        saved, (state, _) = checkpoint.saved_params(folder / "checkpoints", step), networks.shapes(setup)
-        like = {part: tree for part, tree in state.params.items() if part in saved}
-        checkpoint.check_like(folder / "checkpoints" / str(step), {part: saved[part] for part in like}, like)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{field} has nothing to start from: {error}") from None
+    except (KeyError, TypeError, ValueError, OSError):
+        raise ValueError(f"{field} has results or checkpoints that no run of ours wrote: {way_out}") from None
+    if step is None:
+        raise ValueError(f"{field} has no checkpoint yet: let that run go on for longer, or {way_out}")
+    saved, (state, _) = checkpoint.saved_params(folder / "checkpoints", step, way_out), networks.shapes(setup)
+    like = {part: tree for part, tree in state.params.items() if part in saved}
     if not like:
         raise ValueError(f"{field} has learnt nothing that method={config.method} learns: {', '.join(saved)}; take a run of another method")
     if "actor" in saved and "actor" not in like:
         raise ValueError(f"{field} has warmed up its actor, to which all else that it learnt belongs: set warmup.actor_steps here too")
-    for role in ("generator", "actor"):
-        there, here = (getattr(one, role).model for one in (theirs, config))
-        if there != here:
-            raise ValueError(f"{field} has {role}.model={there!r}, to which what it learnt belongs, and this run {here!r}: take the same model")
+    for name, parts in BELONG.items():
+        section, leaf = name.split(".")
+        there, here = (getattr(getattr(one, section), leaf) for one in (theirs, config))
+        if there != here and (parts is None or parts & set(like)):
+            raise ValueError(f"{field} has {name}={there}, to which what it learnt belongs, and this run has {here}: take the same")
+    wanted = {part: saved[part] for part in like}
+    checkpoint.check_like(folder / "checkpoints" / str(step), wanted, like, f"give the settings that it was made with, or {way_out}")
     return Start(folder, step, like, tuple(part for part in state.params if part not in like))
 
 
@@ -277,7 +287,7 @@ def check_checkpoint(setup, workdir, step):
 
 def do(job: Job, workdir, progress) -> None:
     """Does the whole run in its folder. Raises what a step, an evaluation or the disk does, `memory.OutOfMemory` where there is not enough."""
-    with memory.watched(job.setup.config, lambda: progress.doing), contextlib.ExitStack() as closing:
+    with memory.watched(job.setup.config, lambda: progress.doing, sharding.row_parts(job.mesh)), contextlib.ExitStack() as closing:
         _do(job, workdir, progress, closing)
 
 
@@ -328,7 +338,7 @@ def _do(job, workdir, progress, closing):
             progress.line(f"resuming at step {newest} of {sum(phase.steps for phase in planned)}")
         experts.restore(newest or 0)
         pairs.restore(newest or 0)
-        metrics = metrics_lib.Metrics(workdir, config, newest or 0, began)
+        metrics = metrics_lib.Metrics(workdir, config, newest or 0, began, progress.line)
         closing.callback(metrics.close)
         trainer = train.Trainer(passes, keys, rows, experts, pairs, tokens, task.score, checkpoints, metrics.add, workdir / "profile")
         state = trainer.fit(state)
@@ -338,7 +348,7 @@ def _do(job, workdir, progress, closing):
             state = checkpoints.restore(best, train.rest(shapes, planned, best))
     except (RuntimeError, ValueError, OSError) as error:
         if processes.group.count > 1:  # now: to close, the others are waited for
-            tell(memory.named(error, config, progress.doing), progress)
+            tell(memory.named(error, config, progress.doing, sharding.row_parts(job.mesh)), progress)
         raise
     finally:
         checkpoints.close()
@@ -426,6 +436,10 @@ def introduce(progress, job):
                 f"note: {split}: {queries} queries above generator.max_query_tokens={config.generator.max_query_tokens} and {answers} answers "
                 f"above actor.max_answer_tokens={config.actor.max_answer_tokens} were {done}"
             )
+    for stop in config.actor.stop:
+        number = sum(stop in example.answer for part in rows.values() for example in part.examples)
+        if number:
+            progress.line(f"note: actor.stop={stop!r} stands in {number} of the answers that are to be learnt: no answer can be like these")
     for what, number in task.dropped.items():
         if number:
             progress.line(f"note: {number} rows dropped: {what.replace('_', ' ')}")

@@ -134,13 +134,11 @@ def delta_metrics(setup, frozen, loras) -> dict:
         return {"delta_norm": norm, "delta_ratio": norm / jnp.sqrt(weights)}
     gram = lora.gram(jax.tree.map(lambda leaf: leaf[:, :COMPARED_ROWS], loras))
     squared = jnp.mean(jnp.diagonal(gram))
+    found = {"delta_norm": jnp.sqrt(squared), "delta_ratio": jnp.sqrt(squared / weights)}
+    if gram.shape[0] == 1:  # a part of a batch, which has nothing to differ from
+        return found
     variance = 1 - jnp.mean(gram) / jnp.where(squared > 0, squared, jnp.inf)
-    return {
-        "delta_norm": jnp.sqrt(squared),
-        "delta_ratio": jnp.sqrt(squared / weights),
-        "delta_variance": jnp.where(squared > 0, variance, 0.0),
-        "delta_rank": lora.effective_rank(gram),
-    }
+    return {**found, "delta_variance": jnp.where(squared > 0, variance, 0.0), "delta_rank": lora.effective_rank(gram)}
 
 
 def actor_loss(setup, params, prompt_copy, frozen, batch, key, step):

@@ -11,40 +11,42 @@ class OutOfMemory(RuntimeError):
 
 
 @contextlib.contextmanager
-def watched(config: config_lib.Config, doing):
+def watched(config: config_lib.Config, doing, ways: int = 1):
     """Raises OutOfMemory in the place of what jax or numpy raise where there is no more memory.
 
     Args:
-      doing: returns what is being done: "start", "steps", "rollouts", "evaluation" or "answers".
+      doing: returns what is being done: "start", "steps", "rollouts", "evaluation" or "answers", those to queries after training.
+      ways: into how many parts the mesh splits the rows of a batch.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        raise named(error, config, doing()) from error.__cause__
+        raise named(error, config, doing(), ways) from error.__cause__
 
 
-def named(error: Exception, config: config_lib.Config, doing: str) -> Exception:
+def named(error: Exception, config: config_lib.Config, doing: str, ways: int = 1) -> Exception:
     """Returns OutOfMemory for an error of jax or numpy that means it, and any other error as it is."""
-    if not isinstance(error, MemoryError) and not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+    is_it = re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)) and "No space left" not in str(error)
+    if not isinstance(error, MemoryError) and not is_it:
         return error
     found = re.search(r"allocat\w* ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", str(error))
     size = f" of {_size(found[1])} more" if found else ""
-    text = f"the memory does not suffice for the {doing}, for want{size}: {', '.join(options(config, doing))}; --plan says what a run takes"
-    return OutOfMemory(text)
+    plan = "" if doing == "answers" else "; --plan says what a run takes"
+    return OutOfMemory(f"the memory does not suffice for the {doing}, for want{size}: {', '.join(options(config, doing, ways))}{plan}")
 
 
-def options(config: config_lib.Config, doing: str) -> list[str]:
+def options(config: config_lib.Config, doing: str, ways: int = 1) -> list[str]:
     """Returns the settings that need less memory for what is done, what costs least first."""
     found, rows = [], config.train.batch_size
     if doing == "steps":
-        parts = next((parts for parts in range(config.train.accumulate + 1, rows + 1) if rows % parts == 0), None)
+        parts = next((parts for parts in range(config.train.accumulate + 1, rows + 1) if rows % (parts * ways) == 0), None)
         found += [f"raise train.accumulate={config.train.accumulate} to {parts}"] if parts else []
         found += [f"set train.remat=all in the place of {config.train.remat}"] if config.train.remat != "all" else []
         found += [f"lower train.batch_size={rows}"] if rows > 1 else []
     if doing in ("rollouts", "evaluation", "answers"):
         found += [f"lower eval.batch_size={config.eval.batch_size}"] if config.eval.batch_size > 1 else []
         found += [f"lower actor.max_answer_tokens={config.actor.max_answer_tokens}"]
-    found += ["set generator.train=lora"] if config.generator.train == "full" else []
+    found += ["set generator.train=lora"] if config.generator.train == "full" and doing != "answers" else []
     found += ["set weights=int8"] if config.weights == "dtype" and not config.warmup.actor_steps else []
     return [*found, "split the weights over more devices with mesh.fsdp", "take smaller models"]
 

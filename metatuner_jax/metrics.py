@@ -19,12 +19,14 @@ def check(config: config_lib.TrainConfig) -> None:
 class Metrics:
     """The log of a run, which goes on from a step; of several processes the first one writes it."""
 
-    def __init__(self, workdir, config: config_lib.Config, first: int, began: float):
+    def __init__(self, workdir, config: config_lib.Config, first: int, began: float, say=lambda text: None):
         """Opens the log and drops the lines of steps from `first` on.
 
         Args:
           began: `time.perf_counter()` at the start of this process; what the run took before is taken off.
+          say: takes a line where something goes wrong that ends no run.
         """
+        self.say = say
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         files.write_lines(self.path, [line for line in files.read_lines(self.path) if line["step"] < first])
         logged = self.lines()
@@ -51,22 +53,36 @@ class Metrics:
         self._show(numbers(line), line["step"])
 
     def finish(self, results: dict) -> None:
-        """Logs the scores of a run that has ended, under `results/`."""
+        """Logs the scores of a run that has ended, under `results/`. What cannot be written is said, as the run is done."""
         shown = {name: results[name] for name in ("before", "after", "adapter", "prompt", "validation") if name in results}
-        self._show({f"results/{name}": value for name, value in numbers(shown).items()}, results["checkpoint"])
+        found = {f"results/{name}": value for name, value in numbers(shown).items()}
+        try:
+            if self.board:
+                self.board.add(found, results["checkpoint"])
+        except OSError as error:
+            self.say(f"note: {self.path.with_name('tensorboard')} lacks the results: {error.strerror}")
+        self._send(lambda run: run.summary.update(found))  # not by a step, which may be before the newest one
 
     def _show(self, found, step):
         if self.board:
             self.board.add(found, step)
-        if self.wandb:
-            self.wandb.log(found, step=step)
+        self._send(lambda run: run.log(found, step=step))
+
+    def _send(self, do):
+        """Does something with the run at Weights & Biases, which gets no more once that has failed: it ends no run."""
+        try:
+            if self.wandb:
+                do(self.wandb)
+        except Exception as error:  # it has kinds of its own
+            self.wandb = None
+            self.say(f"note: Weights & Biases gets no more of this run: {' '.join(str(error).split())}")
 
     def close(self) -> None:
         """Writes what is not on disk yet."""
         if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
+            with contextlib.suppress(OSError):  # all was written at once, and what could not be has been said
+                self.board.close()
+        self._send(lambda run: run.finish())
 
 
 class Board:

@@ -84,8 +84,8 @@ def refresh(passes, params, key, rows, experts, pairs: Pairs, tokens, score, ste
         sampled = []
         for i in range(place * n, (place + 1) * n):
             ids = [int(t) for t in answered.tokens[i][answered.mask[i]]]
-            if ids[-1] != tokens.end_id:  # ran into the length limit, or into a text to stop before
-                ids = [*ids[:-1], tokens.end_id]
+            if ids[-1] != tokens.end_id:  # ran into a text to stop before, or into the length limit
+                ids = [*tokens.before_stop(ids)[: pairs.length - 1], tokens.end_id]
             sampled.append((scores[i].strict, texts[i], ids))
         reference = (1.0, example.answer, [int(t) for t in rows.answer[row][rows.answer_mask[row]]])
         right = next((one for one in sampled if one[0] == 1), reference)

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import tqdm
 
@@ -21,6 +22,7 @@ class Progress:
         """Takes the file of the log, if there is to be one, which lines are added to."""
         self.stream, self.stop, self.log = stream or sys.stdout, stop or Stop(), log and pathlib.Path(log)
         self.doing: str | None = None
+        self.tasks: list[Callable] = []  # that are under way, the innermost last
         self.terminal = self.stream.isatty()
         self.every_s = every_s  # between plain lines about the same work
 
@@ -58,7 +60,7 @@ class Progress:
     def task(self, what: str, total: int, first: int = 0):
         """Yields advance(count, text=""), to be called as the work goes on; it raises Stopped where the process was asked to stop.
 
-        While the first of it takes long, which is when there is something to compile, that is said too.
+        While the first of it takes long, as it does where there is something to compile, that is said too.
         """
         if self.terminal and processes.group.index == 0:
             width = shutil.get_terminal_size().columns - 1  # a terminal that does not tell its width would get no bar
@@ -84,11 +86,15 @@ class Progress:
             self.stop.check()
 
         def wait():
-            if done == first:
-                self.line(f"  {what} {done}/{total}, {_duration(time.monotonic() - start)} so far: the first waits for the compiler")
+            if done == first and self.tasks[-1] is advance:  # else what is done within says how it goes
+                self.line(f"  {what} {done}/{total}, {_duration(time.monotonic() - start)} so far")
 
-        with _every(self.every_s, wait):
-            yield advance
+        self.tasks.append(advance)
+        try:
+            with _every(self.every_s, wait):
+                yield advance
+        finally:
+            self.tasks.remove(advance)
 
 
 @contextlib.contextmanager
@@ -98,7 +104,8 @@ def _every(seconds: float, do):
 
     def run():
         while not over.wait(max(seconds, 0.05)):
-            do()
+            with contextlib.suppress(OSError):  # who reads has gone: the next line of the work itself meets that too
+                do()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

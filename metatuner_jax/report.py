@@ -194,7 +194,7 @@ def learning(run: Run) -> list[plots.Panel]:
         note = "The norm of what the adapter adds to the weights, over all layers and projections."
         found.append(plots.lines("Size of the adapter", f"{note} {smooth}", [plots.Line("norm of the delta", *points(metrics, "delta_norm"), smooth=True)], **axis))
     if points(metrics, "delta_variance")[0]:
-        note = f"How much of the deltas' squared norm differs between the queries of a batch: near 0%, all queries get one adapter. {smooth}"
+        note = f"How much of the deltas' squared norm differs between the first queries of a batch: near 0%, all queries get one adapter. {smooth}"
         found.append(plots.lines(
             "What differs between queries' adapters", note, [plots.Line("share that differs", *points(metrics, "delta_variance"), smooth=True)], **axis, percent=True,
         ))  # fmt: skip

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import sys
@@ -307,7 +308,8 @@ def _changed(config: config_lib.Config, settings: Mapping[str, Any]) -> config_l
             near = config_lib.nearest(name, config_lib.MAY_DIFFER)
             raise ValueError(f"{name} cannot be another one than in training{near}; of a trained run these can: {', '.join(config_lib.MAY_DIFFER)}")
     tree = config_lib.to_tree(config)
-    config_lib.override(tree, [(name, "none" if value is None else str(value)) for name, value in settings.items()])
+    text = lambda value: "none" if value is None else json.dumps(list(value)) if isinstance(value, (list, tuple)) else str(value)
+    config_lib.override(tree, [(name, text(value)) for name, value in settings.items()])
     config = config_lib.from_tree(tree)
     config_lib.check(config)
     return config

@@ -77,11 +77,11 @@ def check_workdir(config, workdir, goes_on=False):
     return saved
 
 
-def read_config(workdir) -> config_lib.Config:
-    """Returns the config of the run in a folder; raises ValueError where there is none of ours."""
-    saved = files.read_json(workdir / "config.json")
+def read_config(workdir, option: str = "--workdir") -> config_lib.Config:
+    """Returns the config of the run in a folder that an option names; raises ValueError where there is none of ours."""
+    saved = files.read_json(workdir / "config.json", f"give another {option}")
     if saved is None or not is_ours(saved):
-        raise ValueError(f"--workdir={workdir} holds no run: name the folder of one, such as runs/quickstart")
+        raise ValueError(f"{option}={workdir} holds no run: name the folder of one, such as runs/quickstart")
     return config_lib.from_tree(with_newer_settings(saved["config"]))
 
 
@@ -129,23 +129,18 @@ def write_config(job, workdir, progress):
     import jax
 
     path, config = workdir / "config.json", config_lib.plain(job.given)
-    content, history, started = files.read_json(path), [], {}
+    content, history = files.read_json(path), []
+    started = {} if job.start is None else {"started_from": {"workdir": str(job.start.folder), "step": job.start.step}}
     if content is not None:
-        started = {name: content[name] for name in ("started_from",) if name in content}
+        earlier = {name: content[name] for name in ("started_from",) if name in content}
+        started = started or earlier
         changed = differences(with_newer_settings(content["config"]), config)
-        if not changed:
+        if not changed and started == earlier:
             return
-        progress.line("note: going on with other settings: " + ", ".join(f"{key}={new} (was {old})" for key, old, new in changed))
-        if job.given.train.decay != "constant" and any(key == "train.num_steps" for key, _, _ in changed):
-            progress.line(f"note: the learning rate falls as over {job.given.train.num_steps} steps from here on")
-        history = [*content.get("changes", []), {key: [old, new] for key, old, new in changed}]
-        results = files.read_json(workdir / "results.json")
-        if results is not None:
-            for name in ("predictions.jsonl", "report.html", "results.json"):  # in this order: until the results are aside, this is done again
-                old = workdir / name
-                if old.exists():
-                    old.rename(old.with_stem(f"{old.stem}-{results['steps']}"))
-            progress.line(f"note: the results after {results['steps']} steps are in {workdir}/results-{results['steps']}.json")
+        history = content.get("changes", [])
+        if changed:
+            set_aside(workdir, job, changed, progress)
+            history = [*history, {key: [old, new] for key, old, new in changed}]
     devices = {
         "kind": jax.devices()[0].device_kind, "platform": jax.default_backend(), "count": jax.device_count(),
         **({"processes": processes.group.count} if processes.group.count > 1 else {}),
@@ -155,10 +150,24 @@ def write_config(job, workdir, progress):
     content = {
         "config": config, "resolved": config_lib.plain(job.setup.config), "versions": versions(), "devices": devices, "data": job.sums,
         "initial_prompts": initial_prompts,
-        **({"started_from": {"workdir": str(job.start.folder), "step": job.start.step}} if job.start is not None else started),
+        **started,
         **({"changes": history} if history else {}),
     }  # fmt: skip
     files.write_json(path, content)
+
+
+def set_aside(workdir, job, changed, progress):
+    """Says with which other settings, as `differences` gives them, a run goes on; results that are there are kept beside those to come."""
+    progress.line("note: going on with other settings: " + ", ".join(f"{key}={new} (was {old})" for key, old, new in changed))
+    if job.given.train.decay != "constant" and any(key == "train.num_steps" for key, _, _ in changed):
+        progress.line(f"note: the learning rate falls as over {job.given.train.num_steps} steps from here on")
+    results = files.read_json(workdir / "results.json")
+    if results is not None:
+        for name in ("predictions.jsonl", "report.html", "results.json"):  # in this order: until the results are aside, this is done again
+            old = workdir / name
+            if old.exists():
+                old.rename(old.with_stem(f"{old.stem}-{results['steps']}"))
+        progress.line(f"note: the results after {results['steps']} steps are in {workdir}/results-{results['steps']}.json")
 
 
 def versions() -> dict:

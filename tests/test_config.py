@@ -153,6 +153,26 @@ def test_pieces_are_cut_as_the_whole_text_where_words_have_sentencepiece_marks(t
     assert fast.convert_ids_to_tokens(spliced) == fast.convert_ids_to_tokens(fast.encode(whole, add_special_tokens=False))
 
 
+def test_an_answer_is_cut_before_the_first_text_to_stop_before(tokens):
+    stopping = data.Tokens(tokens.tokenizer, 400, "rewrite", ("two", "\nthree"))
+    ids = stopping.plain("one, two\nthree four")
+    assert stopping.answers([ids], [None]) == ["one, "] and tokens.answers([ids], [None]) == ["one, two\nthree four"]
+    assert tokens.stopped_at(ids) is None and tokens.before_stop(ids) == ids and stopping.stopped_at(stopping.plain("one, ")) is None
+    end = stopping.stopped_at(ids)
+    assert stopping.decode(ids[:end]).endswith("two") and "two" not in stopping.decode(ids[: end - 1])
+    before = stopping.before_stop(ids[:end])
+    assert before == ids[: len(before)] and "one, ".startswith(stopping.decode(before)) and stopping.decode(before).strip() == "one,"
+
+
+@pytest.mark.parametrize(("text", "texts"), [
+    ("Question: ", ("Question: ",)), ("[END]", ("[END]",)), ("a, b", ("a, b",)), ('"', ('"',)), ("", ()), ("\n", ("\n",)), ('["Q:", "\\n\\n"]', ("Q:", "\n\n")),
+])  # fmt: skip
+def test_texts_to_stop_before_are_taken_as_they_are(text, texts):
+    tree = config.to_tree(config.Config())
+    config.override(tree, [("actor.stop", text)])
+    assert config.from_tree(tree).actor.stop == texts
+
+
 def test_templates_without_a_system_role_take_the_prompt_before_the_users_turn(tmp_path):
     strict = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     strict += "{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"

@@ -107,7 +107,7 @@ def test_cached_greedy_decoding_equals_the_full_forward(params, tokens, loras, l
 
     @jax.jit
     def written(params):
-        x = transformer.embed(params["embed"]["embedding"], jnp.array(tokens), jnp.float32)
+        x = transformer.embed(ACTOR, params, jnp.array(tokens))
         read = decode.prefill(ACTOR, params, x, jnp.array(mask), loras)
         allowed = jnp.arange(ACTOR.vocab_size) != END
         return decode.sample(ACTOR, params, read, max_new_tokens=4, end_id=END, allowed=allowed, loras=loras, layers=layers).tokens

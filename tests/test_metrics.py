@@ -55,8 +55,8 @@ def test_tensorboard_has_what_metrics_jsonl_has_also_of_a_run_that_went_on(tmp_p
 
 def test_a_run_writes_for_tensorboard_and_the_profiler_and_to_weights_and_biases_where_asked(root, tmp_path, monkeypatch):
     sent = []
-    run = types.SimpleNamespace(log=lambda found, step: sent.append((step, found)), finish=lambda: sent.append("end"))
-    begun = []
+    begun, summary = [], {}
+    run = types.SimpleNamespace(log=lambda found, step: sent.append((step, found)), finish=lambda: sent.append("end"), summary=summary)
     wandb = types.SimpleNamespace(init=lambda **how: (begun.append(how), run)[1], __spec__=types.SimpleNamespace(name="wandb"))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     arguments = command(root, tmp_path / "run", "train.wandb=mine", "train.profile_steps=1", "eval.report=validation")
@@ -67,10 +67,25 @@ def test_a_run_writes_for_tensorboard_and_the_profiler_and_to_weights_and_biases
     assert found["task_loss"] == pytest.approx({line["step"]: line["task_loss"] for line in lines}, rel=1e-6)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["results/validation/mean"] == {results["checkpoint"]: pytest.approx(results["validation"]["mean"])}
-    assert [step for step, _ in sent[:-2]] == [0, 1, 2, 3] and sent[-1] == "end" and sent[2][1]["loss"] == lines[2]["loss"]
+    assert [step for step, _ in sent[:-1]] == [0, 1, 2, 3] and sent[-1] == "end" and sent[2][1]["loss"] == lines[2]["loss"]
+    assert summary["results/validation/mean"] == results["validation"]["mean"]
     (how,) = begun
     assert how["project"] == "mine" and how["name"] == "run" and how["config"]["train"]["num_steps"] == 4
     assert how["id"] == (tmp_path / "run" / "wandb_id").read_text()
+
+
+def test_weights_and_biases_failing_ends_no_run(tmp_path, monkeypatch):
+    def fail(*args, **how):
+        raise KeyError("the server\nhas gone")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: types.SimpleNamespace(log=fail, finish=fail)))
+    said = []
+    log = metrics.Metrics(tmp_path, config_lib.make(train={"wandb": "mine", "tensorboard": False}), 0, 0.0, said.append)
+    for step in range(2):
+        log.add({"step": step, "loss": 1.0})
+    log.close()
+    assert len(said) == 1 and said[0].startswith("note: Weights & Biases gets no more of this run: ")
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 2 and not (tmp_path / "tensorboard").exists()
 
 
 def test_weights_and_biases_must_be_there_where_it_is_asked_for(root, tmp_path, capfd):

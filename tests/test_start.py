@@ -52,7 +52,9 @@ def test_another_method_takes_the_parts_that_both_have(earlier, root, tmp_path):
 
 
 @pytest.mark.parametrize(("others", "message"), [
-    (("train.start_from=nowhere",), "train.start_from='nowhere' has nothing to start from: --workdir=nowhere holds no run"),
+    (("train.start_from=nowhere",), "train.start_from=nowhere holds no run: name the folder of one"),
+    (("hyper.scale=9",), "has hyper.scale=20.0, to which what it learnt belongs, and this run has 9.0: take the same"),
+    (("hyper.standardize=false",), "has hyper.standardize=True, to which"),
     (("hyper.rank=4",), "is a checkpoint of another architecture: hyper/"), (("method=sft",), "is a checkpoint of another architecture: hyper/"),
     (("generator.train=full",), "is a checkpoint of another architecture: "),
 ])  # fmt: skip
@@ -67,8 +69,8 @@ def test_what_belongs_to_a_warmed_up_actor_or_another_model_is_not_taken_without
     assert start(command(root, warm, *STRONG, "warmup.actor_steps=1", "train.num_steps=1", "eval.report=validation"))[0] == 0
     capfd.readouterr()
     assert start(command(root, tmp_path / "run", *STRONG, *STILL, f"train.start_from={warm}"))[0] == 2
-    assert_one_line(capfd.readouterr().err, f"train.start_from='{warm}' has warmed up its actor, to which all else that it learnt belongs: set warmup.actor_steps")
+    assert_one_line(capfd.readouterr().err, f"train.start_from={warm} has warmed up its actor, to which all else that it learnt belongs: set warmup.actor_steps")
     assert start(command(root, tmp_path / "run", *STRONG, *STILL, f"train.start_from={warm}", "warmup.actor_steps=1", "eval.report=validation"))[0] == 0
     shutil.copytree(root / "model", other)
     assert start(command(root, tmp_path / "third", *settings_from(earlier, f"actor.model={other}")))[0] == 2
-    assert_one_line(capfd.readouterr().err, f"has actor.model='{root}/model', to which what it learnt belongs, and this run '{other}': take the same model")
+    assert_one_line(capfd.readouterr().err, f"has actor.model={root}/model, to which what it learnt belongs, and this run has {other}: take the same")

@@ -266,7 +266,7 @@ def test_copies_of_rows_that_were_read_once_are_as_if_read_one_by_one(params, le
     assert not np.array_equal(once.tokens[0], once.tokens[1])
 
 
-@models
+@pytest.mark.parametrize("model", [ACTOR, WINDOWED, dataclasses.replace(WINDOWED, sliding_window=13)], ids=["plain", "sliding", "sliding over one segment"])
 def test_segments_that_follow_see_the_rows_and_not_each_other(params, left_padded, model):
     tokens, mask = left_padded
     rng = np.random.default_rng(8)
