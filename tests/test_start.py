@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from small_runs import STRONG, assert_one_line, command, load_state, read_lines, start
 
+from experiments import run
+from metatuner_jax import job
+
 pytestmark = pytest.mark.usefixtures("compiled")
 STILL = ("train.learning_rate=1e-12", "train.num_steps=2")  # steps that change nothing that can be seen
 
@@ -44,11 +47,12 @@ def test_it_takes_the_evaluated_checkpoint_and_goes_on_without_the_earlier_folde
 
 
 def test_another_method_takes_the_parts_that_both_have(earlier, root, tmp_path):
-    code, output = start(command(root, tmp_path / "run", *settings_from(earlier), "method=unshared", "eval.report=validation"))
-    assert code == 0 and "; anew: encoder" in output
-    before, after = (load_state(at, step)["params"] for at, step in ((earlier, best(earlier)), (tmp_path / "run", 2)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), {part: after[part] for part in before}, before)
-    assert set(after) - set(before) == {"encoder"}
+    _, _, assignments, _ = run.parse(command(root, tmp_path / "run", *settings_from(earlier), "method=unshared"))
+    config = run.load_config(root / "config.py", assignments)
+    found = job.start_of(job.make_setup(config)[0], config)
+    learnt = load_state(earlier, best(earlier))["params"]
+    assert found.step == best(earlier) and found.anew == ("encoder",) and found.like.keys() == learnt.keys()
+    assert jax.tree.map(np.shape, found.like) == jax.tree.map(np.shape, learnt)
 
 
 @pytest.mark.parametrize(("others", "message"), [
@@ -70,7 +74,9 @@ def test_what_belongs_to_a_warmed_up_actor_or_another_model_is_not_taken_without
     capfd.readouterr()
     assert start(command(root, tmp_path / "run", *STRONG, *STILL, f"train.start_from={warm}"))[0] == 2
     assert_one_line(capfd.readouterr().err, f"train.start_from={warm} has warmed up its actor, to which all else that it learnt belongs: set warmup.actor_steps")
-    assert start(command(root, tmp_path / "run", *STRONG, *STILL, f"train.start_from={warm}", "warmup.actor_steps=1", "eval.report=validation"))[0] == 0
+    _, _, assignments, _ = run.parse(command(root, tmp_path / "run", *STRONG, *STILL, f"train.start_from={warm}", "warmup.actor_steps=1"))
+    config = run.load_config(root / "config.py", assignments)
+    assert "actor" in job.start_of(job.make_setup(config)[0], config).like
     shutil.copytree(root / "model", other)
     assert start(command(root, tmp_path / "third", *settings_from(earlier, f"actor.model={other}")))[0] == 2
     assert_one_line(capfd.readouterr().err, f"has actor.model={root}/model, to which what it learnt belongs, and this run has {other}: take the same")
