@@ -242,7 +242,7 @@ import io, json, sys, types
 import jax, numpy as np
 sys.path.insert(0, sys.argv[1])
 import conftest
-from metatuner_jax import losses, passes, sharding, train
+from metatuner_jax import passes, sharding
 from metatuner_jax.config import MeshConfig
 from metatuner_jax.progress import Progress
 
@@ -250,33 +250,25 @@ jax.config.update("jax_log_compiles", True)
 make = conftest.make_networks()
 rows = {k: np.concatenate([v, v[::-1], v[:2]]) for k, v in conftest.make_batch().items()}  # 8 rows
 out = {}
-setup = conftest.make_setup(train={"prompt_gradient": "straight_through", "learning_rate": 1e-2}, data={"buckets": 1})
+setup = conftest.make_setup(data={"buckets": 1})
 for shape in ((1, 1, 1), (2, 2, 2)):
     frozen, params = make(setup)
     mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
-    state = sharding.place(train.init_state(setup, params), mesh)
     frozen = sharding.place(frozen, mesh)
-    phase = train.phases(setup)[-1]
-    step = train.make_train_step(phase.turns[0][0], setup.config.train, phase, phase.parts)
-    found = []
-    for _ in range(3):
-        state, metrics = step(state, frozen, sharding.place_rows(rows, mesh), jax.random.key(0))
-        found.append(float(metrics["loss"]))
-    leaf = state.params["hyper"]["q_b_up"]
-    sums = [float(np.abs(x).sum()) for x in jax.tree.leaves(state.params)]
+    leaf = frozen.actor["layers"]["q"]["kernel"]
     # More rows than are written at a time.
     does, index = passes.Passes(setup, frozen, mesh, 8, Progress(io.StringIO())), np.arange(20) % 8
     h = np.random.default_rng(0).normal(size=(20, setup.generator.width)).astype(np.float32)
     adapter = does.adapter({"hyper": conftest.randomise(params["hyper"], 3)}, h)
     prompts = rows["expert"][index], rows["expert_mask"][index]
     answered = does.answer(types.SimpleNamespace(**rows), index, *prompts, adapter, weigh=True)
-    out[str(shape)] = [found, sums, len(leaf.sharding.device_set), answered.tokens.tolist(), answered.likelihood.tolist()]
+    out[str(shape)] = [len(leaf.sharding.device_set), answered.tokens.tolist(), answered.likelihood.tolist()]
 print(json.dumps(out))
 """
 
 
-def test_several_devices_give_the_losses_parameters_and_answers_of_one(tmp_path):
-    """Steps and answers by themselves, on random weights; whole runs on other meshes are in test_meshes."""
+def test_several_devices_give_the_answers_of_one(tmp_path):
+    """Answers by themselves, on random weights; whole runs are in test_meshes."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -284,10 +276,8 @@ def test_several_devices_give_the_losses_parameters_and_answers_of_one(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("Finished XLA compilation of jit(_advance)") == 2  # once for each mesh
     found = json.loads(done.stdout.splitlines()[-1])
-    (losses_one, sums_one, _, tokens_one, likely_one), (losses_many, sums_many, devices, tokens_many, likely_many) = found.values()
+    (_, tokens_one, likely_one), (devices, tokens_many, likely_many) = found.values()
     assert devices == 8
-    np.testing.assert_allclose(losses_many, losses_one, rtol=2e-5)
-    np.testing.assert_allclose(sums_many, sums_one, rtol=2e-4)
     assert tokens_many == tokens_one
     np.testing.assert_allclose(likely_many, likely_one, rtol=1e-4)
 
