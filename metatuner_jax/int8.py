@@ -7,10 +7,10 @@ TINY = 1e-37  # smaller scales, whose inverse is not finite, are those of output
 
 
 def quantise(kernel):
-    """Returns (whole numbers, int8, as shaped as the kernel; scales, float32 [*l, o]), whose product is the kernel to half a scale.
+    """Returns (whole numbers, int8, as shaped as the kernel; scales, float32 `[*l, o]`), whose product is the kernel to half a scale.
 
     Args:
-      kernel: [*l, i, o], finite.
+      kernel: `[*l, i, o]`, finite.
     """
     kernel = kernel.astype("float32")
     scale = abs(kernel).max(axis=-2) / 127
@@ -27,6 +27,6 @@ def quantise_layers(layers: dict) -> dict:
 
 
 def dense(projection: dict):
-    """Returns the kernel [*l, i, o] of a projection, in 8 bits or not, as float32."""
+    """Returns the kernel `[*l, i, o]` of a projection, in 8 bits or not, as float32."""
     kernel = projection["kernel"].astype("float32")
     return kernel * projection["scale"][..., None, :] if "scale" in projection else kernel
