@@ -221,6 +221,9 @@ def learning(runs) -> str:
     found = []
     for name, (title, note, style, share) in drawn.items():
         curves = {run: report.validations(one.metrics) if name == "validation" else report.points(one.metrics, name) for run, one in runs.items()}
+        shown = [run for run, (steps, _) in curves.items() if steps]
+        if len(shown) == 1 < len(runs):
+            note += f" Of {shown[0]} alone: the others left none."
         if any(any(y) for _, y in curves.values()):
             panel = plots.lines(title, note, [plots.Line(run, x, y, **style) for run, (x, y) in curves.items()], until=until, percent=share)
             found.append(report.figure(panel, f"curve-{name}"))

@@ -75,13 +75,16 @@ class Progress:
                     yield move
             return
         done, start, said = first, time.monotonic(), time.monotonic()
+        begun, since = None, start  # how much was done once the first was, and when: it may have waited for the compiler
 
         def advance(count, text=""):
-            nonlocal done, said
+            nonlocal done, said, begun, since
             done, now = done + count, time.monotonic()
+            if begun is None:
+                begun, since = done, now
             if now - said >= self.every_s and done < total:
-                left_s = (now - start) / (done - first) * (total - done)
-                self.line(f"  {what} {done}/{total}{', ' + text if text else ''}, {_duration(left_s)} left")
+                left = f", {_duration((now - since) / (done - begun) * (total - done))} left" if done > begun else ""
+                self.line(f"  {what} {done}/{total}{', ' + text if text else ''}{left}")
                 said = now
             self.stop.check()
 

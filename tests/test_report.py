@@ -333,6 +333,12 @@ def test_runs_without_answers_or_metrics_are_compared_by_what_there_is(tmp_path,
     assert "No two of these folders hold answers to the same test queries" in text and "Learning" not in text
 
 
+def test_a_curve_that_one_run_alone_has_says_whose_it_is(tmp_path, capfd):
+    folders = [REPOSITORY / "results" / name for name in ("quickstart", "quickstart_int8")]  # the second without metrics
+    assert said(capfd, *folders, "--out", tmp_path / "page.html")[0] == 0
+    assert "lower is better. Of quickstart alone: the others left none." in " ".join(read(tmp_path / "page.html").texts)
+
+
 # --- bad input ---
 
 
