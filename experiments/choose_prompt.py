@@ -52,7 +52,7 @@ def read_prompts(path):
 
 def score(config, candidates):
     """Returns (strict, flexible, mean log-likelihood of the answers, tokens, prompt) of each candidate on the validation rows."""
-    from metatuner_jax import data, evaluate, generator, memory, pretrained, sharding, transformer
+    from metatuner_jax import data, generator, memory, pretrained, sharding, transformer
     from metatuner_jax import job as job_lib
     from metatuner_jax.passes import Passes
     from metatuner_jax.progress import Progress
@@ -72,7 +72,7 @@ def score(config, candidates):
     for prompt, ids in zip(candidates, encoded):
         with memory.watched(config, lambda: "evaluation"):
             answered = passes.answer(part, np.arange(len(part)), *data.pad([ids] * len(part), limit, "right"), weigh=True)
-        scores = [task.score(text, example) for text, example in zip(evaluate.texts_of(answered, tokens), part.examples)]
+        scores = [task.score(text, example) for text, example in zip(tokens.answers(answered.tokens, answered.mask), part.examples)]
         strict, flexible = (float(np.mean([getattr(s, kind) for s in scores])) for kind in ("strict", "flexible"))
         found.append((strict, flexible, float(answered.likelihood.mean()), len(ids) - 1, prompt))
     return found

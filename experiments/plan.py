@@ -498,7 +498,7 @@ def changes(setup, mesh):
     while setup.method.learns and config.train.batch_size % (parts * rows) == 0:
         yield f"train.accumulate={parts}", with_(train={"accumulate": parts}), mesh
         parts *= 2
-    if config.weights != "int8" and not config.warmup.actor_steps:
+    if config.weights != "int8" and not config_lib.merges_actor(config):
         yield "weights=int8", dataclasses.replace(setup, config=dataclasses.replace(config, weights="int8")), mesh
     for section in ("train", "eval"):
         size = getattr(config, section).batch_size // 2

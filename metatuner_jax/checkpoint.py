@@ -139,8 +139,13 @@ def load_params(folder, step: int, like):
       ValueError: there is no such checkpoint, it is damaged, or of another architecture.
     """
     saved = saved_params(folder, step)
+    check_like(pathlib.Path(folder).absolute() / str(step), {part: tree for part, tree in saved.items() if part in like}, like)
+    return restore_params(folder, step, like)
+
+
+def restore_params(folder, step: int, like):
+    """Returns what `load_params` does, of a checkpoint that is known to be whole and to have these parts: its files are not summed again."""
     place = pathlib.Path(folder).absolute() / str(step)
-    check_like(place, {part: tree for part, tree in saved.items() if part in like}, like)
     how = ocp.checkpoint_utils.construct_restore_args({"params": like})
     with ocp.PyTreeCheckpointer() as reader:
         return reader.restore(place / "default", args=ocp.args.PyTreeRestore({"params": like}, restore_args=how, partial_restore=True))["params"]

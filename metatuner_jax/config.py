@@ -342,7 +342,7 @@ def check(config: Config) -> None:
                 f"rollout.budget={config.rollout.budget} must be at least preference.num_samples={config.preference.num_samples} "
                 "for method=dpo: it has no pairs without answers"
             )
-    if config.weights == "int8" and METHODS[config.method].learns and (config.warmup.actor_steps or config.method == "dpo"):
+    if config.weights == "int8" and merges_actor(config):
         what = "method=dpo" if config.method == "dpo" else f"warmup.actor_steps={config.warmup.actor_steps}"
         raise ValueError(
             f"weights=int8 cannot go with {what}: what the actor learns first is merged into its weights, and rounding these to 8 bits again would lose "
@@ -359,6 +359,11 @@ def check(config: Config) -> None:
     for key, value, _ in leaves(config):
         if isinstance(value, int) and value >= 2**31:  # steps and rows are counted in 32 bits
             raise ValueError(f"{key}={short(value)} must be below 2**31")
+
+
+def merges_actor(config: Config) -> bool:
+    """Returns whether what the actor learns first is merged into its weights, which those in 8 bits are too coarse for."""
+    return METHODS[config.method].learns and (config.warmup.actor_steps > 0 or config.method == "dpo")
 
 
 def check_model(config: Config, generator: ModelConfig, actor: ModelConfig) -> None:
@@ -536,8 +541,10 @@ def _parse(name, kind, text, whole=False):
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if typing.get_origin(base) is tuple:
             several = _json_list(text)
-            if several is not None or whole:
-                return several if several is not None else (text,) if text else ()
+            if several is not None:
+                return several
+            if whole:
+                return (text,) if text else ()
             return tuple(word.strip(" '\"") for word in text.strip("()[] ").split(",") if word.strip(" '\""))
         return base(text)
     except (ValueError, KeyError):

@@ -95,8 +95,12 @@ class Tokens:
 
     def stopped_at(self, ids) -> int | None:
         """Returns how many of an answer's tokens there are when one of the texts that it is to stop before is whole; None where none is."""
-        whole = lambda count: any(stop in text for text in [self.decode(ids[:count])] for stop in self.stop)
-        return next(filter(whole, range(1, len(ids) + 1))) if self.stop and whole(len(ids)) else None
+
+        def holds_one(ids):
+            text = self.decode(ids)
+            return any(stop in text for stop in self.stop)
+
+        return next(count for count in range(1, len(ids) + 1) if holds_one(ids[:count])) if holds_one(ids) else None
 
     def before_stop(self, ids) -> list[int]:
         """Returns an answer's tokens without those of the text that it stopped before, and of what they share with it; all where there is none."""

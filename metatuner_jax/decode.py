@@ -122,9 +122,7 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
     itself = transformer.causal(mask) & (number[:, None] == number)
     attend = jnp.concatenate([jnp.broadcast_to(start.mask[:, None], (b, len(number), t)), itself], axis=-1)
     positions = jnp.sum(start.mask, axis=1, keepdims=True) + np.concatenate([np.arange(size) for size in sizes])
-    seen = None
-    if transformer.window_binds(config, attend.shape[-1]):
-        seen = jnp.concatenate([transformer.positions_of(start.mask), positions], axis=1)
+    seen = lambda: jnp.concatenate([transformer.positions_of(start.mask), positions], axis=1)
     context = transformer.make_context(config, positions, attend, positions_seen=seen)
     x = transformer.embed(config, params, tokens)
     x, _ = transformer.run(config, params["layers"], x, context, loras, past=start.past, remat=remat)
@@ -193,7 +191,7 @@ def advance(
         columns = jax.lax.dynamic_update_slice(state.columns, jnp.ones((b, 1), bool), (0, state.column))
         newest = jnp.take_along_axis(state.tokens, jnp.maximum(state.count - 1, 0)[:, None], axis=1)
         positions = (state.position + state.count - 1)[:, None]
-        seen = positions_in(columns, state.column) if transformer.window_binds(config, columns.shape[1]) else None
+        seen = lambda: positions_in(columns, state.column)
         context = transformer.make_context(config, positions, columns[:, None], state.column, seen)
         x = transformer.embed(config, params, newest)
         x, caches = transformer.run(config, params["layers"], x, context, loras, caches=state.caches)

@@ -34,19 +34,14 @@ def validate(passes, params, rows, tokens, score, for_all=None) -> dict:
     index = np.arange(len(rows))
     h, *prompts = passes.prompts(params, rows, index, for_all)
     answered = passes.answer(rows, index, *prompts, passes.adapter(params, h), what="validating", weigh=True)
-    scores = [found.strict for found in tasks.score_all(score, texts_of(answered, tokens), rows.examples)]
+    scores = [found.strict for found in tasks.score_all(score, tokens.answers(answered.tokens, answered.mask), rows.examples)]
     return {"mean": float(np.mean(scores)), "log_likelihood": float(np.mean(answered.likelihood)), "n": len(rows)}
-
-
-def texts_of(answered, tokens) -> list[str]:
-    """Returns the answers as text."""
-    return tokens.answers(answered.tokens, answered.mask)
 
 
 def answer_before(passes, rows, tokens, score) -> list[dict]:
     """Returns what the bare actor says to each query under its initial prompt: {id, answer, score, flexible}."""
     answered = passes.answer(rows, np.arange(len(rows)), rows.initial, rows.initial_mask, what="before")
-    texts = texts_of(answered, tokens)
+    texts = tokens.answers(answered.tokens, answered.mask)
     scores = tasks.score_all(score, texts, rows.examples)
     return [
         {"id": example.id, "answer": text, "score": s.strict, "flexible": s.flexible}
@@ -81,7 +76,8 @@ def evaluate(passes, params, rows, train_rows, tokens, score, before, for_all=No
     check_in_use(passes, rows, prompt, prompt_mask, adapter)
 
     def run(what, adapter, prompts, which=index):
-        texts = texts_of(passes.answer(rows, which, *prompts, adapter, what=what), tokens)
+        answered = passes.answer(rows, which, *prompts, adapter, what=what)
+        texts = tokens.answers(answered.tokens, answered.mask)
         return texts, tasks.score_all(score, texts, [rows.examples[i] for i in which])
 
     def differs(other, other_mask):

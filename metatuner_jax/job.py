@@ -38,6 +38,15 @@ from metatuner_jax.generator import Setup
 from metatuner_jax.passes import Passes
 
 
+class Start(NamedTuple):
+    """What a run takes of an earlier one."""
+
+    folder: pathlib.Path
+    step: int
+    like: dict  # the parts that both have, as shapes
+    anew: tuple[str, ...]  # those that the earlier run does not have
+
+
 @dataclasses.dataclass
 class Job:
     """All of a run that is known before any weights are loaded."""
@@ -52,16 +61,7 @@ class Job:
     mesh: Any
     sums: dict  # of the rows (see `data.digest`)
     checkpoints: dict = dataclasses.field(default_factory=dict)  # step -> what is wrong with it, None where nothing is
-    start: Any = None  # Start: what is taken of an earlier run
-
-
-class Start(NamedTuple):
-    """What a run takes of an earlier one."""
-
-    folder: pathlib.Path
-    step: int
-    like: dict  # the parts that both have, as shapes
-    anew: tuple[str, ...]  # those that the earlier run does not have
+    start: Start | None = None
 
 
 @contextlib.contextmanager
@@ -308,7 +308,7 @@ def _do(job, workdir, progress, closing):
         frozen, params = networks.load(setup, tokens, keys["init"], job.mesh)
     if job.start is not None:
         folder, step, like, anew = job.start
-        params |= checkpoint.load_params(folder / "checkpoints", step, sharding.shapes_at(like, job.mesh))
+        params |= checkpoint.restore_params(folder / "checkpoints", step, sharding.shapes_at(like, job.mesh))
         progress.line(f"starting from step {step} of {folder}: {', '.join(like)}" + (f"; anew: {', '.join(anew)}" if anew else ""))
     state = sharding.place(train.init_state(setup, params), job.mesh)
     shapes = checkpoint.shapes(state)

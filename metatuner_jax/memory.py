@@ -47,7 +47,7 @@ def options(config: config_lib.Config, doing: str, ways: int = 1) -> list[str]:
         found += [f"lower eval.batch_size={config.eval.batch_size}"] if config.eval.batch_size > 1 else []
         found += [f"lower actor.max_answer_tokens={config.actor.max_answer_tokens}"]
     found += ["set generator.train=lora"] if config.generator.train == "full" and doing != "answers" else []
-    found += ["set weights=int8"] if config.weights == "dtype" and not config.warmup.actor_steps else []
+    found += ["set weights=int8"] if config.weights == "dtype" and not config_lib.merges_actor(config) else []
     return [*found, "split the weights over more devices with mesh.fsdp", "take smaller models"]
 
 

@@ -244,11 +244,6 @@ def causal(mask: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
     return jnp.tril(jnp.ones((t, t), bool)) & mask[:, None, :]
 
 
-def window_binds(config: ModelConfig, columns: int) -> bool:
-    """Returns whether rows of so many columns may be longer than a sliding window: otherwise all layers see the same."""
-    return config.sliding_window is not None and columns > config.sliding_window
-
-
 def make_context(config: ModelConfig, positions, attend, start=None, positions_seen=None) -> Context:
     """Returns what the layers of one pass share.
 
@@ -256,11 +251,11 @@ def make_context(config: ModelConfig, positions, attend, start=None, positions_s
       positions: int [b, t].
       attend: bool [b, t, s], of layers that do not slide.
       start: as in `Context`.
-      positions_seen: int [b, s], of what may be looked at, needed where `window_binds`; None: `positions`.
+      positions_seen: returns those of what may be looked at, int [b, s]; called where rows may be longer than a window. None: `positions`.
     """
     near = None
-    if window_binds(config, attend.shape[-1]):
-        seen = positions if positions_seen is None else positions_seen
+    if config.sliding_window is not None and attend.shape[-1] > config.sliding_window:  # else all layers see the same
+        seen = positions if positions_seen is None else positions_seen()
         near = attend & (positions[:, :, None] - seen[:, None] < config.sliding_window)
     cos, sin = rotary(config, positions)
     if config.sliding_layers is None:

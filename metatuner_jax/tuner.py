@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from metatuner_jax import checkpoint, data, evaluate, files, generator, lora, memory, networks, passes, sharding, tasks, train
+from metatuner_jax import checkpoint, data, files, generator, lora, memory, networks, passes, sharding, tasks, train
 from metatuner_jax import config as config_lib
 from metatuner_jax import job as job_lib
 from metatuner_jax import workdir as workdir_lib
@@ -184,7 +184,7 @@ class Tuner:
             if text is not None:
                 tokens[i], mask[i] = self._given(text)
         answered = runner.answer(rows, index, tokens, mask, self._adapter(runner, adapter, h))
-        texts = evaluate.texts_of(answered, self.tokens)
+        texts = self.tokens.answers(answered.tokens, answered.mask)
         num_read = len(self.tokens.template.prefix) + (mask & (tokens != self.setup.end_id)).sum(axis=1) + rows.query_mask.sum(axis=1)
         return [
             Answer(e.query, self.tokens.decode(tokens[i], mask[i]), texts[i], tuple(answered.tokens[i][answered.mask[i]].tolist()), int(num_read[i]))

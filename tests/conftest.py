@@ -42,17 +42,6 @@ CHAT_TEMPLATE = (
 )
 
 
-# The files that take longest begin first, so that no core waits at the end for another one's.
-LONGEST = (
-    "test_faults", "test_plan", "test_tuner", "test_processes", "test_method_runs", "test_train", "test_meshes", "test_run", "test_stopping", "test_bench", "test_docs",
-    "test_methods", "test_export", "test_start", "test_int8", "test_serve", "test_gemma", "test_metrics",
-)  # fmt: skip
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-
-
 def save_tokenizer(folder, template=CHAT_TEMPLATE, extra=()):
     """Writes a small byte-level tokenizer laid out as the hub has it; returns its number of ids."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
