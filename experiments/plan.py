@@ -143,8 +143,7 @@ def bytes_of(tree, mesh, prefix: str = "") -> int:
     total = 0
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         spec = sharding.spec_at(prefix + sharding.path_text(path), leaf.shape, mesh)
-        ways = math.prod(mesh.shape[axis] for axis in spec if axis)
-        total += leaf.size * leaf.dtype.itemsize // ways
+        total += leaf.size * leaf.dtype.itemsize // math.prod(sharding.ways(axes, mesh) for axes in spec)
     return total
 
 
@@ -202,9 +201,9 @@ class Share:
         """Returns the bytes of a row that a layer takes while it is computed: scores and weights of attention, the gate's parts."""
         return tokens * (self.heads * seen * (4 + self.itemsize) + 3 * self.ff * 4)
 
-    def head(self) -> int:
-        """Returns the bytes of the head, or of the embedding in its place."""
-        return self.words * self.model.width * self.itemsize
+    def head(self, mesh) -> int:
+        """Returns the bytes of the head, or of the embedding in its place, where it is brought together: else its words stay where they are."""
+        return 0 if self.model.vocab_size % sharding.ways(sharding.WEIGHTS, mesh) == 0 else self.words * self.model.width * self.itemsize
 
     def layer(self) -> int:
         """Returns the bytes of a layer's weights."""
@@ -339,9 +338,7 @@ def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
     if ways > 1:
         used = [share for share, is_used in ((ours, method.learns_generator), (theirs, adapts)) if is_used]
         twice = 2 if full else 1  # the gradients of these weights come together too
-        gathered = max(share.head() for share in used) * twice + max(share.layer() for share in used) * twice
-        if method.adapter == "generated":
-            gathered += count(state.params["hyper"]) * MASTER
+        gathered = (max(share.head(mesh) for share in used) + max(share.layer() for share in used)) * twice
         found["weights brought together over fsdp"] = gathered
     found["at work in a layer"] = rows * max(
         ours.at_work(query, query) if method.learns_generator else 0, pairs * theirs.at_work(answered, answered) if adapts else 0
@@ -401,7 +398,7 @@ def answer_memory(setup, lengths, mesh, evaluates: bool) -> dict[str, int]:
     if mesh.fsdp > 1:
         for found, share in ((writing, ours), (answering, theirs)):
             if found:
-                found["weights brought together over fsdp"] = share.head() + share.layer()
+                found["weights brought together over fsdp"] = share.head(mesh) + share.layer()
     return max((writing, answering), key=lambda parts: sum(parts.values()))
 
 

@@ -88,7 +88,9 @@ def pick(logits: Float[Array, "b v"], noise, temperature, top_p, allowed: Bool[A
         logits = jnp.where(scaled >= least, logits, -jnp.inf)
     if noise is not None:
         logits = logits + temperature * noise
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # The first of the largest. jnp.argmax reduces pairs of number and place, for which XLA has a slow path on CPUs and none where words are split.
+    largest, places = jnp.max(logits, axis=-1, keepdims=True), jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits < largest, logits.shape[-1], places), axis=-1)
 
 
 def prefill(config: ModelConfig, params: dict, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], loras=None) -> Prefill:

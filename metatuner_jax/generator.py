@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import decode, methods, product, transformer
+from metatuner_jax import decode, methods, product, sharding, transformer
 from metatuner_jax.config import ModelConfig, projection_widths
 from metatuner_jax.lora import Lora
 from metatuner_jax.methods import Method
@@ -116,7 +116,8 @@ class TwoLayer(nn.Module):
         def factor(name, features, deviation):
             down = self.param(f"{name}_down", nn.initializers.normal(h.shape[-1] ** -0.5), (layers, h.shape[-1], hidden))
             up, bias = output_layer(self, name, (layers, hidden, features), layers, deviation)
-            return jnp.einsum("lbm,lmf->lbf", jax.nn.relu(jnp.einsum("bd,ldm->lbm", h, down)), up) + bias[:, None]
+            make = lambda h: jnp.einsum("lbm,lmf->lbf", jax.nn.relu(jnp.einsum("bd,ldm->lbm", h, down)), up) + bias[:, None]
+            return sharding.with_features_in_place(make, h, features)
 
         loras = {}
         for target in self.config.targets:

@@ -11,17 +11,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from metatuner_jax.config import MeshConfig
 
 ROWS = ("data", "fsdp")  # the mesh axes that split a batch
+WEIGHTS = ("tensor", "fsdp")  # those that split weights
 
 # First match wins. A path is the keys from the root, joined by slashes; a spec names the mesh axis of each array axis. An axis that
-# the mesh does not divide evenly is left whole.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+# the mesh does not divide evenly is left whole; one that two mesh axes do not, to the next rule.
+RULES: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = (
     (r"hyper/.*(layer_embedding|projection_embedding|trunk_in|trunk_mid|shift|gain)$", ()),
+    (r"embedding$|head/kernel$", (WEIGHTS, None)),
     (r"embedding$|head/kernel$", ("tensor", "fsdp")),
+    (r"(^|/)(q|k|v|gate|up)/kernel$", (None, None, WEIGHTS)),
     (r"(^|/)(q|k|v|gate|up)/kernel$", (None, "fsdp", "tensor")),
+    (r"(^|/)(o|down)/kernel$", (None, WEIGHTS, None)),
     (r"(^|/)(o|down)/kernel$", (None, "tensor", "fsdp")),
     (r"(^|/)(q|k|v)/bias$", (None, "tensor")),
     (r"(^|/)(q|k|v|gate|up)/scale$", (None, "tensor")),
-    (r"(^|/)(o|down)/scale$", (None, "fsdp")),
     (r"hyper/.*_down$", (None, "fsdp", None)),
     (r"hyper/.*_up$", (None, None, "fsdp")),
     (r"hyper/.*_bias$", (None, "fsdp")),
@@ -61,8 +64,15 @@ def spec_at(path: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
             # Layers may or may not have their leading axis; specs are for the last axes.
             axes = axes[-len(shape) :] if shape else ()
             axes = (None,) * (len(shape) - len(axes)) + axes if axes else ()
-            return PartitionSpec(*(a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)))
+            divides = [size % ways(a, mesh) == 0 for a, size in zip(axes, shape)]
+            if all(ok or not isinstance(a, tuple) for a, ok in zip(axes, divides)):
+                return PartitionSpec(*(a if ok else None for a, ok in zip(axes, divides)))
     raise ValueError(f"no sharding rule names the parameter {path!r} of shape {shape}: add one to sharding.RULES")
+
+
+def ways(axes: str | tuple[str, ...] | None, mesh) -> int:
+    """Returns into how many parts an array's axis is split by one or several mesh axes, or by none."""
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
 
 
 def place(tree, mesh):
@@ -108,7 +118,7 @@ def _to_all(mesh):
 
 def row_parts(mesh) -> int:
     """Returns into how many parts the mesh splits the rows of a batch, which their number must be a multiple of."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return ways(ROWS, mesh)
 
 
 def place_rows(batch, mesh, axis: int = 0, heads: bool = False):
@@ -129,13 +139,89 @@ def place_rows(batch, mesh, axis: int = 0, heads: bool = False):
 def split_rows(x):
     """Returns an array whose first axis is rows, split over the mesh that jit was given it on; as it is where there is no mesh.
 
-    Rows come from a table that is split by width. Without this, the compiler keeps them so: each device then works on all rows of its
-    `fsdp` group, with a part of each layer's weights, in place of its own rows with the layer's weights brought together.
+    Rows that come from a table that is split are of no device. Without this, the compiler may keep them so, and have each device work on all
+    rows of its `fsdp` group, with a part of each layer's weights, where its own rows with the layer's weights brought together are less to send.
     """
+    mesh = _mesh_of_rows(x)
+    return x if mesh is None else _constrain(x, mesh, ROWS)
+
+
+def rows_together(x):
+    """Returns rows [b, ...] of which each device has those of its whole `fsdp` group: what several kernels multiply in place, sent round once."""
+    mesh = _mesh_of_rows(x)
+    return x if mesh is None else _constrain(x, mesh, "data")
+
+
+def multiplied(multiply, x, kernel, path: str, together=None):
+    """Returns multiply(x), the product of rows [b, t, i] with a kernel [i, o], for which what is less is sent round: rows or kernel.
+
+    With the kernel in place, each device multiplies the tokens of all rows of its `fsdp` group with its own part of the kernel, and is given its
+    own rows of what all devices made: so it is for each token that is sampled. With many tokens the kernel is brought together.
+
+    Args:
+      path: that which the kernel's rule goes by.
+      together: what `rows_together` makes of x, where it has been called.
+
+    Source: Pope et al. 2022 (arXiv 2211.05102), section 3.2, weight-stationary and weight-gathered layouts.
+    """
+    mesh = _mesh_of_rows(x)
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return multiply(x)
+    into, out = spec_at(path, kernel.shape, mesh)
+    by_rows = lambda x, axes: _constrain(x, mesh, ROWS, None, "tensor" if "tensor" in (axes or ()) else None)
+    # Of a token, each device is sent all numbers along an axis that is whole, and of one that is split its own part.
+    tokens = x.shape[0] * x.shape[1] // mesh.shape["data"]
+    sent = tokens * sum(size // ways(axes, mesh) for size, axes in zip(kernel.shape, (into, out)))
+    if sent >= kernel.size // mesh.shape["tensor"]:
+        return by_rows(multiply(by_rows(x, into)), out)
+    x = by_rows(x, into) if together is None or into else together
+    return by_rows(_constrain(multiply(_constrain(x, mesh, "data", None, into)), mesh, "data", None, out), out)
+
+
+def with_features_in_place(make, h, features: int):
+    """Returns make(h), [l, b, features], of which each device makes its features for all rows of its `fsdp` group, and is given its own rows.
+
+    The hypernetwork's weights, which are far more than the LoRA of a device's rows, and their gradients are not brought together so.
+
+    Args:
+      h: [b, d].
+    """
+    mesh = _mesh_of_rows(h)
+    if mesh is None or mesh.shape["fsdp"] == 1 or features % mesh.shape["fsdp"]:
+        return make(h)
+    made = make(_constrain(h, mesh, "data", None if h.shape[1] % mesh.shape["fsdp"] else "fsdp"))
+    return _constrain(_constrain(made, mesh, None, "data", "fsdp"), mesh, None, ROWS)
+
+
+def for_words(x, words: int):
+    """Returns states [b, t, d] as a head [v, d] multiplies them that is split by words: those of all rows of the `fsdp` group."""
+    mesh = _mesh_of_words(x, words)
+    return x if mesh is None else _constrain(x, mesh, "data")
+
+
+def split_words(scores):
+    """Returns scores [b, t, v], or their gradient, split by words as the head is, so that neither it nor its gradient is brought together.
+
+    Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3, the parallel cross-entropy.
+    """
+    mesh = _mesh_of_words(scores, scores.shape[-1])
+    return scores if mesh is None else _constrain(scores, mesh, "data", None, WEIGHTS)
+
+
+def _mesh_of_words(x, words):
+    mesh = _mesh_of_rows(x)
+    return None if mesh is None or words % ways(WEIGHTS, mesh) else mesh
+
+
+def _mesh_of_rows(x):
+    """Returns the mesh that jit was given an array on, None where none is or where it does not split the array's rows evenly."""
     mesh = jax.typeof(x).sharding.mesh
-    if not set(ROWS) <= set(mesh.axis_names) or row_parts(mesh) == 1 or x.shape[0] % row_parts(mesh):
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
+    splits = set(ROWS) <= set(mesh.axis_names) and row_parts(mesh) > 1 and x.shape[0] % row_parts(mesh) == 0
+    return mesh if splits else None
+
+
+def _constrain(x, mesh, *spec):
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def path_text(path) -> str:

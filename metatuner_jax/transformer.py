@@ -65,13 +65,16 @@ class Projection(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x, lora):
+    def __call__(self, x, lora, together=None):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
         scale = self.get_variable("params", "scale")
-        if scale is None:
-            y = product.einsum("bti,io->bto", x, kernel.astype(x.dtype))
-        else:
-            y = (product.einsum("bti,io->bto", x, kernel, jnp.float32) * scale).astype(x.dtype)
+
+        def multiply(x):
+            if scale is None:
+                return product.einsum("bti,io->bto", x, kernel.astype(x.dtype))
+            return (product.einsum("bti,io->bto", x, kernel, jnp.float32) * scale).astype(x.dtype)
+
+        y = sharding.multiplied(multiply, x, kernel, f"{self.name}/kernel", together)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32).astype(x.dtype)
         return y if lora is None else y + lora_lib.delta(x, lora)
@@ -90,16 +93,17 @@ class Block(nn.Module):
         loras, past, slides = per_layer
         loras, context = loras or {}, context.of_layer(slides)
 
-        def project(name, y, use_bias=False):
-            return Projection(projection_widths(c, name)[1], use_bias, name=name)(y, loras.get(name))
+        def project(name, y, together=None, use_bias=False):
+            return Projection(projection_widths(c, name)[1], use_bias, name=name)(y, loras.get(name), together)
 
         def added(name, y):
             """Returns the residual stream with what a projection yields."""
             return x + (RMSNorm(c, name=name)(y) if c.post_norms else y)
 
         y = RMSNorm(c, name="attn_norm")(x)
+        together = sharding.rows_together(y)
         q, k, v = (
-            project(name, y, c.qkv_bias).reshape(*y.shape[:2], -1, c.head_width).swapaxes(1, 2) for name in ("q", "k", "v")
+            project(name, y, together, c.qkv_bias).reshape(*y.shape[:2], -1, c.head_width).swapaxes(1, 2) for name in ("q", "k", "v")
         )
         v = kept(v)
         if c.qk_norm:
@@ -114,7 +118,8 @@ class Block(nn.Module):
         y = attention(c, q, k, v, context.attend)
         x = added("attn_post_norm", kept(project("o", y.swapaxes(1, 2).reshape(*x.shape[:2], -1))))
         y = RMSNorm(c, name="mlp_norm")(x)
-        gate, up = (kept(project(name, y)).astype(jnp.float32) for name in ("gate", "up"))
+        together = sharding.rows_together(y)
+        gate, up = (kept(project(name, y, together)).astype(jnp.float32) for name in ("gate", "up"))
         y = project("down", (ACTIVATIONS[c.activation](gate) * up).astype(x.dtype))
         x = added("mlp_post_norm", kept(y) if c.post_norms else y)
         return (x, cache, None if layer is None else layer + 1), own
@@ -338,7 +343,8 @@ def logits(config: ModelConfig, params: dict, x: Float[Array, "b t d"]) -> Float
 
 
 def _scores(x, head, cap):
-    return capped(product.einsum("btd,vd->btv", x, head, jnp.float32), cap)
+    x = sharding.for_words(x, head.shape[0])
+    return capped(sharding.split_words(product.einsum("btd,vd->btv", x, head, jnp.float32)), cap)
 
 
 def _to_score(config, params, x):
@@ -395,8 +401,8 @@ def _likelihoods_backward(cap, saved, gradient):
     scores = _scores(x, head, cap)
     is_target = targets[..., None] == jnp.arange(head.shape[0])
     of_scores = gradient[..., None] * (is_target - jnp.exp(scores - total[..., None]))
-    of_scores = (of_scores if cap is None else of_scores * (1 - jnp.square(scores / cap))).astype(x.dtype)
-    return product.einsum("btv,vd->btd", of_scores, head), product.einsum("btd,btv->vd", x, of_scores, head.dtype), None
+    of_scores = sharding.split_words((of_scores if cap is None else of_scores * (1 - jnp.square(scores / cap))).astype(x.dtype))
+    return sharding.split_rows(product.einsum("btv,vd->btd", of_scores, head)), product.einsum("btd,btv->vd", x, of_scores, head.dtype), None
 
 
 _likelihoods_of.defvjp(_likelihoods_forward, _likelihoods_backward)

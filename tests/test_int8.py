@@ -220,11 +220,11 @@ def test_a_plan_counts_the_bits(root):
     assert "weights=int8" not in [name for name, *_ in plan.changes(setups["int8"], plan.Mesh(1, 1, 1))]
 
 
-def test_scales_stand_where_their_outputs_do():
+def test_no_scale_is_away_from_its_output():
     mesh = plan.Mesh(1, 2, 2)
     for name in PROJECTIONS:
         kernel, scale = (sharding.spec_at(f"layers/{name}/{leaf}", shape, mesh) for leaf, shape in (("kernel", (3, 8, 4)), ("scale", (3, 4))))
-        assert scale[1] == kernel[2] is not None and scale[0] is None
+        assert (kernel[2], *scale) == ((None,) if name in ("o", "down") else (("tensor", "fsdp"), None, "tensor"))
 
 
 REFUSED = {

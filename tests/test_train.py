@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ACTOR, END, GENERATOR, make_setup
 
+from experiments import plan
 from metatuner_jax import checkpoint, data, files, generator, losses, rollout, sharding, train, transformer
 from metatuner_jax.config import MeshConfig
 
@@ -291,6 +292,19 @@ def test_every_array_of_the_state_has_a_sharding_rule_and_an_unknown_one_is_an_e
         sharding.place(frozen, mesh)
     with pytest.raises(ValueError, match="no sharding rule names the parameter 'extra/thing'"):
         sharding.place({"extra": {"thing": jnp.zeros(3)}}, mesh)
+
+
+@pytest.mark.parametrize(("path", "shape", "spec"), [
+    ("head/kernel", (64, 12), (("tensor", "fsdp"), None)),
+    ("head/kernel", (62, 12), ("tensor", "fsdp")),
+    ("head/kernel", (61, 12), (None, "fsdp")),
+    ("layers/q/kernel", (3, 12, 64), (None, None, ("tensor", "fsdp"))),
+    ("layers/q/kernel", (3, 12, 62), (None, "fsdp", "tensor")),
+    ("layers/down/kernel", (3, 64, 12), (None, ("tensor", "fsdp"), None)),
+    ("layers/down/kernel", (3, 62, 13), (None, "tensor", None)),
+])  # fmt: skip
+def test_weights_are_split_along_one_axis_where_the_mesh_divides_it(path, shape, spec):
+    assert tuple(sharding.spec_at(path, shape, plan.Mesh(1, 4, 2))) == spec
 
 
 def test_a_mesh_that_does_not_match_the_devices_is_refused():

@@ -54,10 +54,11 @@ def test_the_step_compiles_for_a_tpu_and_fits(shape, monkeypatch):
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
     print(f"\ndata, fsdp, tensor = {shape}: {held / 2**30:.2f} GiB a device, of these {found.temp_size_in_bytes / 2**30:.2f} temporary")
     assert held < 16 * 2**30  # of a v5e chip
-    # The rows' LoRA are not brought together.
     gathered = [
-        np.prod([int(n) for n in dims.split(",")])
-        for dims in re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather\(", program.as_text())
+        (np.prod([int(n) for n in dims.split(",")]), name)
+        for dims, name in re.findall(r'= \w+\[([\d,]+)\][^=]* all-gather\(.*op_name="([^"]*)"', program.as_text())
     ]
+    # The rows' LoRA are not brought together; nor, in the loop over layers within that over tokens, are any weights: a token of all rows is.
     loras = batch_size * model.num_layers * config_lib.Config().hyper.rank * model.width
-    assert shape != (4, 1, 1) or max(gathered, default=0) < loras
+    assert shape != (4, 1, 1) or max((size for size, _ in gathered), default=0) < loras
+    assert max((size for size, name in gathered if "while/body/while/body" in name), default=0) == (batch_size * model.width if shape == (1, 4, 1) else 0)
