@@ -249,25 +249,24 @@ def wait():
 # --- for the benchmark ---
 
 
-def make_runs(work, names) -> dict:
-    """Returns what is timed beside our parts of these names: {name: run}."""
-    runs, setup, dtype = {}, work.setup, getattr(torch, work.setup.config.dtype)
-    reference = Reference(work) if {"actor_lora_per_row", "step_lora", "step_full"} & {*names} else None
-    if reference is not None:
-        check_losses(work, reference)
+def make_runs(work, names):
+    """Yields what is timed beside our parts of these names, as (name, run), and makes each when it is asked for."""
+    setup, dtype = work.setup, getattr(torch, work.setup.config.dtype)
     samples = "step_lora" in names and not COMPILES  # plain sampling beside the reference's: on a GPU it takes a minute more to compile
     plain = language_model(setup.actor, work.frozen.actor, dtype).requires_grad_(False) if "decode" in names or samples else None
     if "decode" in names:
         tokens = tensor(bench.decode_tokens(setup.actor.vocab_size))
-        runs["torch_decode"] = torch.no_grad()(lambda: generate(plain, tokens, bench.DECODE_NEW, do_sample=False))
-    if reference is None:
-        return runs
+        yield "torch_decode", torch.no_grad()(lambda: generate(plain, tokens, bench.DECODE_NEW, do_sample=False))
+    if not {"actor_lora_per_row", "step_lora", "step_full"} & {*names}:
+        return
+    reference = Reference(work)
+    check_losses(work, reference)
     if "actor_lora_per_row" in names:
         import peft
 
         loras = bench.loras_of(work)
         rows = {(i, target): (tensor(lora.a[i]), tensor(lora.b[i])) for target, lora in loras.items() for i in range(len(lora.a))}
-        runs["torch_actor_lora_per_row"] = reference.row_gradient(rows)
+        yield "torch_actor_lora_per_row", reference.row_gradient(rows)
         targets = [MODULES[target].split(".")[-1] for target in setup.config.hyper.targets]
         shared = peft.get_peft_model(
             language_model(setup.actor, work.frozen.actor, dtype), peft.LoraConfig(r=setup.config.hyper.rank, lora_alpha=16, target_modules=targets),
@@ -275,16 +274,15 @@ def make_runs(work, names) -> dict:
         )
         adapted = shared.base_model.model
         layers = body(adapted)
-        runs["torch_actor_lora_peft"] = lambda: (shared.zero_grad(), actor_gradient(adapted, layers, setup, reference.batch))
+        yield "torch_actor_lora_peft", lambda: (shared.zero_grad(), actor_gradient(adapted, layers, setup, reference.batch))
     if "step_lora" in names:
-        runs["torch_step_lora"] = reference.step
-        runs["torch_sample"] = reference.sample
+        yield "torch_step_lora", reference.step
+        yield "torch_sample", reference.sample
     if samples:
         how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        runs["torch_generate"] = torch.no_grad()(lambda: generate(plain, reference.batch["generator"], bench.PROMPT, **how))
+        yield "torch_generate", torch.no_grad()(lambda: generate(plain, reference.batch["generator"], bench.PROMPT, **how))
     if "step_full" in names:
-        runs["torch_step_full"] = reference.step
-    return runs
+        yield "torch_step_full", reference.step
 
 
 def versions() -> dict:
