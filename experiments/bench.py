@@ -4,8 +4,8 @@
     python -m experiments.bench --against torch --out runs/bench        # needs torch and peft: pip install -e .[bench]
     python -m experiments.bench --model qwen2.5-1.5b --parts step_lora  # random weights of a published shape
 
-Prints one table and writes `bench.json` to `--out`. All rows are full: no token is padding. Compiling is timed apart. What is compared
-takes turns, round by round, and medians are compared.
+Prints one table and writes `bench.json` to `--out`, anew with each figure, so that a run that is stopped leaves what it had measured. All
+rows are full: no token is padding. Compiling is timed apart. What is compared takes turns, round by round, and medians are compared.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from experiments import compare
@@ -399,21 +399,30 @@ PARTS = {
 # --- measuring ---
 
 
-def rounds(runs: dict[str, Callable], count: int, budget_s: float = 60.0) -> dict[str, list[float]]:
+def rounds(runs: Iterable[tuple[str, Callable]], count: int, budget_s: float = 60.0, after=lambda name, seconds: None) -> dict[str, list[float]]:
     """Returns the seconds of each run, round by round: each once in every round, right after one that does not count.
 
     So each is timed as in training, where a step follows a step: memory that another one freed before, a virtual machine may have given
     back to its host, and getting it again takes time. Every other round goes backwards, so that none always follows the same one. What
     takes long is repeated less: a run stops taking part once it has had three rounds and `budget_s` seconds.
+
+    Args:
+      runs: (name, run) of each. The first round takes one when those before it have been timed: it may be made only then.
+      after: is told each time with those before it, as (name, seconds).
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {}
+    made: list[tuple[str, Callable]] = []
     for i in range(count):
-        for name, run in list(runs.items())[:: -1 if i % 2 else 1]:
+        for name, run in made[:: -1 if i % 2 else 1] if i else runs:
+            if i == 0:
+                made.append((name, run))
+                seconds[name] = []
             if len(seconds[name]) < 3 or sum(seconds[name]) < budget_s:
                 run()
                 began = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - began)
+                after(name, seconds[name])
     return seconds
 
 
@@ -429,7 +438,7 @@ def ceilings(dtype: str) -> dict:
     product, *_ = compiled(lambda a: product_lib.einsum("ij,jk->ik", a, a), a)
     big = jnp.zeros(2**25 if jax.default_backend() == "cpu" else 2**29, jnp.int32)
     copy, *_ = compiled(lambda x: x + 1, big)
-    seconds = rounds({"product": product, "copy": copy}, 5, 20.0)
+    seconds = rounds([("product", product), ("copy", copy)], 5, 20.0)
     best = {name: min(times) for name, times in seconds.items()}
     return {"flops_per_s": 2 * size**3 / best["product"], "bytes_per_s": 2 * big.nbytes / best["copy"]}
 
@@ -551,7 +560,7 @@ def reference(given):
 
 
 def measure(given) -> dict:
-    """Returns all that is to be known, of each type."""
+    """Returns all that is to be known, of each type; what is known so far is in `bench.json` all along."""
     import jax
 
     device = jax.devices()[0]
@@ -566,29 +575,50 @@ def measure(given) -> dict:
         groups = [[name for name in given.parts if (name == "step_full") == full] for full in (False, True)]  # by what the generator learns
         found["parts"][dtype], found["torch"][dtype] = {}, {}
         for names in filter(None, groups):
-            work = make_work(given.model, dtype, given.batch_size, "full" if names == ["step_full"] else "lora")
-            parts = {name: PARTS[name](work) for name in names}
-            theirs = {}
-            if given.against == "torch":
-                bench_torch = reference(given)
-                theirs = bench_torch.make_runs(work, names)
-                found["versions"] |= bench_torch.versions()
-                found["machine"]["torch_threads"] = bench_torch.torch.get_num_threads()
-            seconds = rounds({**{name: part.run for name, part in parts.items()}, **theirs}, given.rounds)
-            for name, part in parts.items():
-                found["parts"][dtype][name] = describe(part, seconds[name], found["ceilings"][dtype])
-            found["torch"][dtype] |= {name: spread(seconds[name]) for name in theirs}
-            say(found, dtype, names, theirs)
-            del work, parts, theirs
+            measure_group(given, found, dtype, names)
     if given.children and "step_lora" in given.parts:
         dtype = best(found["parts"], "step_lora")[0]
         found["starts"] = starts(given, dtype)
+        write(given, found)
         found["memory"] = {"ours": child("memory", given, dtypes=dtype)["bytes"]}
+        write(given, found)
         if given.against == "torch":
             its_dtype = best(found["torch"], "torch_step_lora")[0]
             found["memory"]["torch"] = child("torch_memory", given, dtypes=its_dtype)["bytes"]
-    found["ratios"] = ratios(found)
+            write(given, found)
     return found
+
+
+def measure_group(given, found: dict, dtype: str, names: list[str]) -> None:
+    """Adds the parts of these names, in one type and of one kind of learning, and what is beside them in torch."""
+    work = make_work(given.model, dtype, given.batch_size, "full" if names == ["step_full"] else "lora")
+    parts: dict[str, Part] = {}
+
+    def runs():
+        for name in names:
+            parts[name] = PARTS[name](work)
+            yield name, parts[name].run
+        if given.against == "torch":
+            bench_torch = reference(given)
+            found["versions"] |= bench_torch.versions()
+            found["machine"]["torch_threads"] = bench_torch.torch.get_num_threads()
+            yield from bench_torch.make_runs(work, names)
+
+    def after(name, seconds):
+        if name in parts:
+            found["parts"][dtype][name] = describe(parts[name], seconds, found["ceilings"][dtype])
+        else:
+            found["torch"][dtype][name] = spread(seconds)
+        write(given, found)
+
+    timed = rounds(runs(), given.rounds, after=after)
+    say(found, dtype, names, [name for name in timed if name not in parts])
+
+
+def write(given, found: dict) -> None:
+    """Replaces `bench.json` by what is known so far, the ratios of it included."""
+    found["ratios"] = ratios(found)
+    files.write_json(given.out / "bench.json", found)
 
 
 def best(of: dict, name: str) -> tuple[str, float]:
@@ -707,7 +737,6 @@ def main(arguments=None) -> int:
     for which, size in found.get("memory", {}).items():
         print(f"peak memory of the step, {which}: {size / 1e9:.2f} GB")
     print("\n" + "\n".join(f"{name:<18}{value:8.3f}" for name, value in found["ratios"].items()))
-    files.write_json(given.out / "bench.json", found)
     print(f"\nEverything is in {given.out / 'bench.json'}")
     return 0
 

@@ -2,8 +2,8 @@
 
 transformers models, LoRA of each row by forward hooks, `generate` for sampling, autograd, AdamW. What costs nothing is done: one copy of
 the weights for generator and actor, the static LoRA merged before sampling, scores of the needed columns only, float32 for what learns.
-On a GPU, where launching a kernel takes longer than many take to run, models are compiled: by `torch.compile` where they are
-differentiated, by `generate`, with a static cache, where they write.
+On a GPU, where launching a kernel takes longer than many take to run, models are compiled: layer by layer by `torch.compile` where they
+are differentiated, one program for all layers, and by `generate`, with a static cache, where they write.
 """
 
 import contextlib
@@ -64,8 +64,7 @@ class Reference:
         self.dtype, self.full = getattr(torch, config.dtype), config.generator.train == "full"
         self.batch = {name: tensor(value) for name, value in work.batch.items()}
         self.actor = language_model(work.setup.actor, work.frozen.actor, self.dtype).requires_grad_(False)
-        self.k, self.active = work.setup.num_shared, None
-        self.actor_body = body(self.actor)
+        self.k = work.setup.num_shared
         self.hyper = {name: self.learns(leaf) for name, leaf in work.params["hyper"].items()}
         if self.full:
             self.generator = self.full_generator(work).requires_grad_(True)
@@ -80,11 +79,16 @@ class Reference:
             }  # fmt: skip
             learning = [leaf for sides in self.static.values() for leaf in sides.values()]
             self.copy = {key: {side: leaf.detach().clone() for side, leaf in sides.items()} for key, sides in self.static.items()}
-        for i, layer in enumerate(self.actor.model.layers):
-            for target in {*config.hyper.targets, *config.generator.targets}:
-                layer.get_submodule(MODULES[target]).register_forward_hook(self.hook(i, target))
+        self.adapted = {
+            (i, target): layer.get_submodule(MODULES[target])
+            for i, layer in enumerate(self.actor.model.layers) for target in {*config.hyper.targets, *config.generator.targets}
+        }  # fmt: skip
+        for module in self.adapted.values():
+            module.register_forward_hook(add_lora)
+        self.adapt({})
         self.generator.model.layers[self.k - 1].register_forward_hook(self.keep)
-        self.generator_body = body(self.generator) if self.full else self.actor_body
+        for model in {self.actor, self.generator}:
+            compile_layers(model)
         self.learning = [*learning, *self.hyper.values()]
         self.optimizer = torch.optim.AdamW(self.learning, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True)
 
@@ -104,14 +108,10 @@ class Reference:
 
     # --- LoRA ---
 
-    def hook(self, layer, target):
-        def add(module, args, output):
-            if self.active is None or (layer, target) not in self.active:
-                return output
-            a, b = self.active[layer, target]
-            return output + args[0].matmul(a).matmul(b)  # [i, r] for all rows or [b, i, r], one a row
-
-        return add
+    def adapt(self, loras):
+        """Has each projection of the actor's model add its LoRA, none where none is given."""
+        for key, module in self.adapted.items():
+            module.lora = loras.get(key)
 
     def keep(self, module, args, output):
         self.state = output[0] if isinstance(output, tuple) else output
@@ -164,16 +164,16 @@ class Reference:
         """Returns (task loss, prompt loss) with these written prompts, [b, m]."""
         batch, config = self.batch, self.setup.config
         query, expert = batch["generator"], batch["expert"]
-        self.active = None if self.full else self.static_loras()
+        self.adapt({} if self.full else self.static_loras())
         with self.computes():
-            hidden = self.generator_body(torch.cat([query, expert[:, :-1]], 1), use_cache=False).last_hidden_state
+            hidden = self.generator.model(torch.cat([query, expert[:, :-1]], 1), use_cache=False).last_hidden_state
             x = self.state[:, query.shape[1] - 1].float()
             prompt_loss = cross_entropy(self.generator.lm_head(hidden[:, query.shape[1] - 1 :]), expert)
         h = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.setup.generator.norm_eps)
-        self.active = self.row_loras(h)
+        self.adapt(self.row_loras(h))
         prefix = torch.tensor(self.setup.prefix, device=DEVICE).expand(len(query), -1)
-        task_loss = answer_loss(self.actor, self.actor_body, torch.cat([prefix, prompts, batch["query"]], 1), batch["answer"])
-        self.active = None
+        task_loss = answer_loss(self.actor, torch.cat([prefix, prompts, batch["query"]], 1), batch["answer"])
+        self.adapt({})
         return task_loss, config.train.prompt_weight * prompt_loss
 
     def row_loras(self, h):
@@ -203,16 +203,35 @@ class Reference:
 
         def run():
             leaves = {key: tuple(side.detach().requires_grad_() for side in pair) for key, pair in loras.items()}
-            self.active = {key: tuple(side.to(self.dtype) for side in pair) for key, pair in leaves.items()}
-            actor_gradient(self.actor, self.actor_body, self.setup, self.batch)
-            self.active = None
+            self.adapt({key: tuple(side.to(self.dtype) for side in pair) for key, pair in leaves.items()})
+            actor_gradient(self.actor, self.setup, self.batch)
+            self.adapt({})
 
         return run
 
 
-def body(model):
-    """Returns the layers of a causal language model, compiled on a GPU."""
-    return torch.compile(model.model) if COMPILES else model.model
+def add_lora(module, args, output):
+    """Adds a projection's LoRA, which is read from the module: one hook for all layers, so that what one is compiled to serves every layer."""
+    if module.lora is None:
+        return output
+    a, b = module.lora
+    return output + args[0].matmul(a).matmul(b)  # [i, r] for all rows or [b, i, r], one a row
+
+
+def compile_layers(model):
+    """Has the layers be compiled on a GPU where they are differentiated, one program for all.
+
+    Not where they write: with a cache a layer's number is part of its program, and `generate` compiles for itself.
+    """
+    if COMPILES:
+        for layer in model.model.layers:
+            layer.forward = differentiated(layer.forward)
+
+
+def differentiated(forward):
+    """Returns a layer's function, compiled where gradients are on."""
+    compiled = torch.compile(forward, dynamic=False)
+    return lambda *args, **kwargs: (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
 
 
 def generate(model, tokens, new_tokens, **how):
@@ -229,15 +248,15 @@ def cross_entropy(logits, targets):
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def answer_loss(model, body, tokens, answer):
+def answer_loss(model, tokens, answer):
     """Returns the mean cross-entropy of the answers after the tokens."""
-    hidden = body(torch.cat([tokens, answer[:, :-1]], 1), use_cache=False).last_hidden_state
+    hidden = model.model(torch.cat([tokens, answer[:, :-1]], 1), use_cache=False).last_hidden_state
     return cross_entropy(model.lm_head(hidden[:, tokens.shape[1] - 1 :]), answer)
 
 
-def actor_gradient(model, body, setup, batch):
+def actor_gradient(model, setup, batch):
     prefix = torch.tensor(setup.prefix, device=DEVICE).expand(len(batch["query"]), -1)
-    answer_loss(model, body, torch.cat([prefix, batch["expert"], batch["query"]], 1), batch["answer"]).backward()
+    answer_loss(model, torch.cat([prefix, batch["expert"], batch["query"]], 1), batch["answer"]).backward()
     wait()
 
 
@@ -249,42 +268,41 @@ def wait():
 # --- for the benchmark ---
 
 
-def make_runs(work, names) -> dict:
-    """Returns what is timed beside our parts of these names: {name: run}."""
-    runs, setup, dtype = {}, work.setup, getattr(torch, work.setup.config.dtype)
-    reference = Reference(work) if {"actor_lora_per_row", "step_lora", "step_full"} & {*names} else None
-    if reference is not None:
-        check_losses(work, reference)
+def make_runs(work, names):
+    """Yields what is timed beside our parts of these names, as (name, run), and makes each when it is asked for."""
+    setup, dtype = work.setup, getattr(torch, work.setup.config.dtype)
+    torch.compiler.reset()  # torch compiles one function at most eight times: what was compiled of an earlier model counts, and goes
     samples = "step_lora" in names and not COMPILES  # plain sampling beside the reference's: on a GPU it takes a minute more to compile
     plain = language_model(setup.actor, work.frozen.actor, dtype).requires_grad_(False) if "decode" in names or samples else None
     if "decode" in names:
         tokens = tensor(bench.decode_tokens(setup.actor.vocab_size))
-        runs["torch_decode"] = torch.no_grad()(lambda: generate(plain, tokens, bench.DECODE_NEW, do_sample=False))
-    if reference is None:
-        return runs
+        yield "torch_decode", torch.no_grad()(lambda: generate(plain, tokens, bench.DECODE_NEW, do_sample=False))
+    if not {"actor_lora_per_row", "step_lora", "step_full"} & {*names}:
+        return
+    reference = Reference(work)
+    check_losses(work, reference)
     if "actor_lora_per_row" in names:
         import peft
 
         loras = bench.loras_of(work)
         rows = {(i, target): (tensor(lora.a[i]), tensor(lora.b[i])) for target, lora in loras.items() for i in range(len(lora.a))}
-        runs["torch_actor_lora_per_row"] = reference.row_gradient(rows)
+        yield "torch_actor_lora_per_row", reference.row_gradient(rows)
         targets = [MODULES[target].split(".")[-1] for target in setup.config.hyper.targets]
         shared = peft.get_peft_model(
             language_model(setup.actor, work.frozen.actor, dtype), peft.LoraConfig(r=setup.config.hyper.rank, lora_alpha=16, target_modules=targets),
             autocast_adapter_dtype=False,  # it computes in the model's type, as the hooks do
         )
         adapted = shared.base_model.model
-        layers = body(adapted)
-        runs["torch_actor_lora_peft"] = lambda: (shared.zero_grad(), actor_gradient(adapted, layers, setup, reference.batch))
+        compile_layers(adapted)
+        yield "torch_actor_lora_peft", lambda: (shared.zero_grad(), actor_gradient(adapted, setup, reference.batch))
     if "step_lora" in names:
-        runs["torch_step_lora"] = reference.step
-        runs["torch_sample"] = reference.sample
+        yield "torch_step_lora", reference.step
+        yield "torch_sample", reference.sample
     if samples:
         how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        runs["torch_generate"] = torch.no_grad()(lambda: generate(plain, reference.batch["generator"], bench.PROMPT, **how))
+        yield "torch_generate", torch.no_grad()(lambda: generate(plain, reference.batch["generator"], bench.PROMPT, **how))
     if "step_full" in names:
-        runs["torch_step_full"] = reference.step
-    return runs
+        yield "torch_step_full", reference.step
 
 
 def versions() -> dict:

@@ -1,5 +1,6 @@
 """The benchmark: every part runs and is counted rightly, ratios are of the fastest types, mistakes are one line."""
 
+import dataclasses
 import json
 import math
 
@@ -32,6 +33,33 @@ def test_every_part_of_a_real_folder_is_measured(tiny_model, tmp_path, monkeypat
     assert {"jax", "flax"} <= {*found["versions"]} and found["machine"]["host"]
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*names, *found["ratios"]))
+
+
+@pytest.mark.parametrize("where", ["when it is compiled", "in its second round"])
+def test_what_was_measured_before_a_part_fails_is_on_disk(tiny_model, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(bench, "ceilings", lambda dtype: {"flops_per_s": 1e12, "bytes_per_s": 1e11})
+    hypernetwork = bench.PARTS["hypernetwork"]
+
+    def make(work):
+        part, runs = hypernetwork(work), []
+
+        def run():
+            runs.append(len(runs))
+            if where == "when it is compiled" or len(runs) > 2:
+                raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+        if where == "when it is compiled":
+            run()
+        return dataclasses.replace(part, run=run)
+
+    monkeypatch.setitem(bench.PARTS, "rollout", make)
+    arguments = ["--model", str(tiny_model), "--parts", "hypernetwork,rollout", "--dtypes", "float32", "--batch_size", "2", "--children", "0"]
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        bench.main([*arguments, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "bench.json").read_text())
+    rounds = {name: part["rounds"] for name, part in found["parts"]["float32"].items()}
+    assert rounds == ({"hypernetwork": 1} if where == "when it is compiled" else {"hypernetwork": 1, "rollout": 1})
+    assert found["parts"]["float32"]["hypernetwork"]["median_s"] > 0 and found["settings"]["batch_size"] == 2
 
 
 def test_operations_are_those_of_the_products():
