@@ -1,5 +1,6 @@
 """Fixtures shared by the suite: a tiny language model on disk, and one in memory."""
 
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -14,6 +15,7 @@ FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_pas
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have but one way to write a loop
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # compiles twice as quickly
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+gc.set_threshold(50_000)  # tracing makes objects by the million, most of which stay: looked through as often as by default they take a seventh of the time
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,12 @@ with install_import_hook("metatuner_jax", "beartype.beartype"):  # shape annotat
 from small_runs import WORDS, write_rows
 
 from metatuner_jax import config, generator, methods, pretrained, report, transformer
+
+
+def pytest_configure(config):
+    # The processes of the suite share a folder of compiled programs; what one of them is still writing, another one compiles for itself.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning")
+
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -106,8 +114,11 @@ SPLITS = {"train": 24, "validation": 8, "test": 8}
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """The folder of what XLA compiled in this process of the suite."""
-    return tmp_path_factory.mktemp("compiled")
+    """The folder of what XLA compiled, which the processes of the suite and those that its tests start share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -121,13 +132,18 @@ def draw():
 
 @pytest.fixture(scope="module")
 def compiled(cache):
-    """Runs of one config share what XLA compiled for the first of them, in whichever file that was."""
+    """Runs of one config share what XLA compiled for the first of them, in whichever file that was.
+
+    Processes that a test starts read it and add nothing: one that is killed could leave half a program.
+    """
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(cache))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, here, there in zip(names, (str(cache), 0.0), (str(cache), "1e9")):
+            jax.config.update(name, here)
+            patch.setenv(name.upper(), there)
+        compilation_cache.reset_cache()
+        yield
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

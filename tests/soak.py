@@ -80,7 +80,7 @@ def memory(steps=3000):
 
 PARTS = {
     "kills": lambda: tested("tests/test_faults.py", "-k", "killed", KILLS="20"),
-    "faults": lambda: tested("tests/test_faults.py", "tests/test_stopping.py", "-k", "not killed"),
+    "faults": lambda: tested("tests/test_faults.py", "tests/test_stopping.py", "tests/test_method_runs.py", "-k", "not killed and not every_method"),
     "processes": lambda: tested("tests/test_processes.py"),
     "meshes": lambda: tested("tests/test_meshes.py"),
     "bad input": lambda: tested("tests/test_bad_input.py", "tests/test_fuzz_finds.py", "tests/test_safety.py"),

@@ -39,7 +39,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch, cache, tiny_model):
+def page(tmp_path, monkeypatch):
     """The page's text; the test is in an empty folder, with `python` on the path, and a tiny model in the place of SmolLM2."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
@@ -47,7 +47,6 @@ def page(tmp_path, monkeypatch, cache, tiny_model):
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
     return (ROOT / "docs" / "your_data.md").read_text()
 
 

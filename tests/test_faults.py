@@ -20,6 +20,9 @@ from small_runs import SOAK, assert_same, child, command, read_lines, start, wai
 from metatuner_jax import actor, checkpoint, evaluate, losses
 
 pytestmark = pytest.mark.usefixtures("compiled")
+KILLS = int(os.environ.get("KILLS", "2"))  # as many as the time allows
+STEPS = 40 + 40 * KILLS
+LONG = (f"train.num_steps={STEPS}", "train.checkpoint_every=8", "rollout.every=3", "hyper.hidden=64")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,17 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES if SOAK else ("a bit flipped", "no metadata", "no sums"))
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_to_a_checkpoint_is_seen(damage, runs, tmp_path):
+    for name in ("checkpoints", "checkpoint_sums"):
+        shutil.copytree(runs[1] / name, tmp_path / name)
+    assert checkpoint.problems(tmp_path / "checkpoints") == {2: None, 4: None}
+    DAMAGES[damage](tmp_path / "checkpoints" / "4")
+    found = checkpoint.problems(tmp_path / "checkpoints")
+    assert found[2] is None and found[4]
+
+
+@pytest.mark.parametrize("damage", DAMAGES if SOAK else ("no metadata",))
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_goes_on(damage, runs, root, tmp_path):
     whole, stopped = runs
     folder = tmp_path / "run"
@@ -101,30 +114,18 @@ def test_a_folder_in_use_is_refused(runs, root, tmp_path, capfd):
     assert start(command(root, folder))[0] == 0
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(root, tmp_path):
-    """The limit of a file's size stands for the disk's: what is written meets an error of the operating system."""
-    folder = tmp_path / "run"
-    settings = ("train.num_steps=200", "train.checkpoint_every=40", "rollout.every=0", "hyper.hidden=40", "eval.report=validation")
-    arguments = command(root, folder, *settings)
-    with child(arguments) as process:
-        wait_for(process, (folder / "checkpoint_sums" / "40.json").exists)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
-        _, error = process.communicate(timeout=120)
-    said = [line for line in error.splitlines() if line.startswith("failed: ")]  # tensorstore may print traces of its own, before or after
-    assert process.returncode == 1 and len(said) == 1
-    assert re.fullmatch(r"failed: the checkpoint of step \d+ could not be written: File too large; those before it are kept", said[0])
-    good = [int(path.stem) for path in (folder / "checkpoint_sums").iterdir()]
-    assert good and max(good) < 200
-    code, output = start(arguments)
-    assert code == 0 and f"resuming at step {max(good)} of 200" in output
+@pytest.fixture(scope="module")
+def six_steps(root, tmp_path_factory):
+    """The settings and the folder of a run of six steps with a constant rate."""
+    settings, folder = ("train.decay=constant", "train.num_steps=6"), tmp_path_factory.mktemp("six") / "run"
+    assert start(command(root, folder, *settings))[0] == 0
+    return settings, folder
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_a_run_may_be_given_more_steps(stopped, runs, root, tmp_path):
+def test_a_run_may_be_given_more_steps(stopped, six_steps, root, tmp_path):
     """With a constant rate, as many steps in two runs as in one come to the same."""
-    constant, more = ("train.decay=constant",), ("train.decay=constant", "train.num_steps=6")
-    folder, whole = tmp_path / "run", tmp_path / "whole"
-    assert start(command(root, whole, *more))[0] == 0
+    (*constant, _), folder, (more, whole) = six_steps[0], tmp_path / "run", six_steps
     with pytest.MonkeyPatch.context() as patch:
         if stopped:
             plain = evaluate.evaluate
@@ -207,7 +208,6 @@ def test_steps_that_are_not_finite_stop_the_run_which_names_them_and_their_rows(
     assert all(len(line["ids"]) == 4 for line in bad) and not any("ids" in line for line in lines if not line["bad_steps"])
 
 
-KILLS = int(os.environ.get("KILLS", "2"))  # as many as the time allows
 PHASES = ("steps", "rollouts", "evaluation", "checkpoint")
 
 
@@ -239,23 +239,39 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(root, tmp_path):
     """At random moments, of which a fifth at least lie in each phase, and none before the first checkpoint of the process."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
     seed, killed = time.time_ns(), collections.Counter()
-    settings = (f"train.num_steps={60 + 60 * KILLS}", "train.checkpoint_every=8", "rollout.every=3", "hyper.hidden=64")
-    assert start(command(root, whole, *settings))[0] == 0
+    assert start(command(root, whole, *LONG))[0] == 0
     rng, log = random.Random(seed), folder / "run.log"
     print(f"seed {seed}")
     while killed.total() < KILLS or min(killed[phase] for phase in PHASES) < KILLS // 5:
         wanted = min(PHASES, key=lambda phase: (killed[phase], rng.random()))
         begin = log.stat().st_size if log.exists() else 0
         said = lambda begin=begin: log.read_text()[begin:] if log.exists() else ""
-        with child(command(root, folder, *settings)) as process:
+        with child(command(root, folder, *LONG)) as process:
             wait_for(process, lambda: " is whole" in said())
-            time.sleep(rng.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.2))
             wait_for(process, lambda: phase_of(said()) == wanted, every_s=0.001)
             time.sleep(rng.uniform(0, 0.03))
             process.kill()
         assert process.returncode == -signal.SIGKILL
         killed[phase_of(said())] += 1
     print(f"killed {killed.total()} times: {dict(killed)}")
-    code, output = start(command(root, folder, *settings))
+    code, output = start(command(root, folder, *LONG))
     assert code == 0 and "resuming at step" in output
     assert_same(folder, whole)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(root, tmp_path):
+    """The limit of a file's size stands for the disk's: what is written meets an error of the operating system."""
+    folder = tmp_path / "run"
+    arguments = command(root, folder, *LONG, "rollout.every=0", "eval.report=validation")
+    with child(arguments) as process:
+        wait_for(process, (folder / "checkpoint_sums" / "40.json").exists)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+        _, error = process.communicate(timeout=120)
+    said = [line for line in error.splitlines() if line.startswith("failed: ")]  # tensorstore may print traces of its own, before or after
+    assert process.returncode == 1 and len(said) == 1
+    assert re.fullmatch(r"failed: the checkpoint of step \d+ could not be written: File too large; those before it are kept", said[0])
+    good = [int(path.stem) for path in (folder / "checkpoint_sums").iterdir()]
+    assert good and max(good) < STEPS
+    code, output = start(arguments)
+    assert code == 0 and f"resuming at step {max(good)} of {STEPS}" in output

@@ -46,9 +46,11 @@ def together(count, arguments, slurm=False, second=None, fault=None):
         words = second if second and i == 1 else arguments
         if slurm:
             found = {"JOB_ID": port, "STEP_NODELIST": "localhost", "STEP_NUM_NODES": 1, "NTASKS": count, "PROCID": i, "LOCALID": i}
-            options, environment = [], {f"SLURM_{name}": str(value) for name, value in found.items()}
+            options = []
         else:
-            options, environment = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(count), "--process_id", str(i)], {}
+            options, found = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", str(count), "--process_id", str(i)], {}
+        # Process 0 leaves what it compiles to those that go on.
+        environment = {f"SLURM_{name}": str(value) for name, value in found.items()} | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         program = ["-c", WITH_FAULT.format(fault)] if fault and i == 1 else ["-m", "experiments.run"]
         return subprocess.Popen(
             [sys.executable, *program, *words, *options], env={**os.environ, **environment}, stdout=subprocess.PIPE,

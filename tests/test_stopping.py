@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from small_runs import assert_same, child, command, read_lines, start, wait_for
+from small_runs import SOAK, assert_same, child, command, read_lines, start, wait_for
 
 from metatuner_jax import data, evaluate, rollout
 from metatuner_jax.stopping import Stop
@@ -34,7 +34,7 @@ def whole(root, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", MOMENTS if SOAK else ("before training", "step", "rollouts", "evaluation"))
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(moment, whole, root, tmp_path, monkeypatch, capfd):
     module, name, when, kept = MOMENTS[moment]
     number = signal.SIGINT if moment == "rollouts" else signal.SIGTERM
