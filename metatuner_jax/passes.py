@@ -209,9 +209,9 @@ class Passes:
                 state, loras = self._fill(state, loras, new, its_loras, places)
             until = min(some, len(waiting)) or slots
             state = self._stop(state)
-            while sharding.fetch(state.ended).sum() < until:
+            while (found := sharding.fetch((state.ended, state.tokens, state.count, state.first)))[0].sum() < until:
                 state = self._stop(self._advance(self.frozen, layers, loras, state, {"until": until, **noise}))
-            has_ended, *written = sharding.fetch((state.ended, state.tokens, state.count, state.first))
+            has_ended, *written = found
             ended = np.flatnonzero((holds >= 0) & has_ended)
             yield holds[ended], *(leaf[ended] for leaf in written)
             holds[ended] = -1
