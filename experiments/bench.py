@@ -621,15 +621,16 @@ def write(given, found: dict) -> None:
     files.write_json(given.out / "bench.json", found)
 
 
-def best(of: dict, name: str) -> tuple[str, float]:
-    """Returns the type in which a part is fastest, and its median seconds in it."""
-    return min(((dtype, parts[name]["median_s"]) for dtype, parts in of.items() if name in parts), key=lambda pair: pair[1])
+def best(of: dict, name: str, beside: str | None = None) -> tuple[str, float]:
+    """Returns the type in which a part is fastest, and its median seconds in it; of types in which another part, `beside`, is measured too."""
+    times = [(dtype, parts[name]["median_s"]) for dtype, parts in of.items() if name in parts and (beside or name) in parts]
+    return min(times, key=lambda pair: pair[1])
 
 
 def ratios(found: dict) -> dict:
     """Returns the figures that the project is held to, those whose parts were measured; each side in the type in which it is fastest."""
     ours, theirs = found["parts"], found["torch"]
-    has = lambda of, *names: all(any(name in parts for parts in of.values()) for name in names)
+    has = lambda of, *names: any({*names} <= {*parts} for parts in of.values())
     made = {}
     for name in ("step_lora", "step_full", "decode"):
         if has(ours, name) and has(theirs, f"torch_{name}"):
@@ -639,13 +640,13 @@ def ratios(found: dict) -> dict:
         ("packed", "generator_packed", "generator_separate"),
     ):  # fmt: skip
         if has(ours, above, below):
-            dtype, seconds = best(ours, below)
+            dtype, seconds = best(ours, below, above)
             made[name] = ours[dtype][above]["median_s"] / seconds
     for name, above, below in (
         ("torch_hooks", "torch_actor_lora_per_row", "torch_actor_lora_peft"), ("torch_sampling", "torch_sample", "torch_generate"),
     ):  # fmt: skip
         if has(theirs, above, below):
-            dtype, seconds = best(theirs, below)
+            dtype, seconds = best(theirs, below, above)
             made[name] = theirs[dtype][above]["median_s"] / seconds
     memory, started = found.get("memory", {}), found.get("starts")
     if "torch" in memory:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from metatuner_jax import product, transformer
+from metatuner_jax import product, sharding, transformer
 from metatuner_jax.config import ModelConfig
 
 
@@ -81,6 +81,7 @@ def pick(logits: Float[Array, "b v"], noise, temperature, top_p, allowed: Bool[A
     """
     logits = jnp.where(allowed, logits, -jnp.inf)
     if top_p < 1.0:
+        logits = sharding.split_rows(logits)
         scaled = logits / jnp.maximum(temperature, 1e-6)
         order = -jnp.sort(-scaled, axis=-1)
         before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)

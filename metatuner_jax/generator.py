@@ -117,7 +117,7 @@ class TwoLayer(nn.Module):
             down = self.param(f"{name}_down", nn.initializers.normal(h.shape[-1] ** -0.5), (layers, h.shape[-1], hidden))
             up, bias = output_layer(self, name, (layers, hidden, features), layers, deviation)
             make = lambda h: jnp.einsum("lbm,lmf->lbf", jax.nn.relu(jnp.einsum("bd,ldm->lbm", h, down)), up) + bias[:, None]
-            return sharding.with_features_in_place(make, h, features)
+            return sharding.with_features_in_place(make, h, features, "fsdp")
 
         loras = {}
         for target in self.config.targets:
@@ -154,7 +154,8 @@ class Trunk(nn.Module):
 
         def factor(i, name, features, deviation):
             up, bias = output_layer(self, name, (hidden, features), layers, deviation)
-            return jnp.einsum("lbm,mf->lbf", x[:, i], up) + bias[:, None]
+            make = lambda x: jnp.einsum("lbm,mf->lbf", x, up) + bias[:, None]
+            return sharding.with_features_in_place(make, x[:, i], features)
 
         loras = {}
         for i, target in enumerate(targets):

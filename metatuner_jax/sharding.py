@@ -172,25 +172,41 @@ def multiplied(multiply, x, kernel, path: str, together=None):
     # Of a token, each device is sent all numbers along an axis that is whole, and of one that is split its own part.
     tokens = x.shape[0] * x.shape[1] // mesh.shape["data"]
     sent = tokens * sum(size // ways(axes, mesh) for size, axes in zip(kernel.shape, (into, out)))
-    if sent >= kernel.size // mesh.shape["tensor"]:
+    if sent >= kernel.size // mesh.shape["tensor"] or not any("fsdp" in (axes or ()) for axes in (into, out)):
         return by_rows(multiply(by_rows(x, into)), out)
     x = by_rows(x, into) if together is None or into else together
     return by_rows(_constrain(multiply(_constrain(x, mesh, "data", None, into)), mesh, "data", None, out), out)
 
 
-def with_features_in_place(make, h, features: int):
-    """Returns make(h), [l, b, features], of which each device makes its features for all rows of its `fsdp` group, and is given its own rows.
+def with_features_in_place(make, x, features: int, into: str | None = None):
+    """Returns make(x), [l, b, features], of which each device makes its features for all rows of its `fsdp` group, and is given its own rows.
 
     The hypernetwork's weights, which are far more than the LoRA of a device's rows, and their gradients are not brought together so.
 
     Args:
-      h: [b, d].
+      x: [..., b, d].
+      into: the mesh axis that splits the first weights by their inputs d.
     """
-    mesh = _mesh_of_rows(h)
+    mesh = _mesh_of_rows(x, -2)
     if mesh is None or mesh.shape["fsdp"] == 1 or features % mesh.shape["fsdp"]:
-        return make(h)
-    made = make(_constrain(h, mesh, "data", None if h.shape[1] % mesh.shape["fsdp"] else "fsdp"))
+        return make(x)
+    made = make(_constrain(x, mesh, *(None,) * (x.ndim - 2), "data", None if x.shape[-1] % ways(into, mesh) else into))
     return _constrain(_constrain(made, mesh, None, "data", "fsdp"), mesh, None, ROWS)
+
+
+def looked_up(table, tokens):
+    """Returns the rows [b, t, d] of a table [v, d] for tokens [b, t], each on the device of its row.
+
+    Of a table that is split by words, each device finds some of the rows of its whole `fsdp` group, all of which are summed. Of many tokens that is
+    more than the table, which then is split by width before it is looked up in.
+    """
+    mesh = _mesh_of_rows(tokens)
+    if mesh is None:
+        return table[tokens]
+    words, width = table.shape
+    if tokens.size // mesh.shape["data"] >= words // ways(WEIGHTS, mesh) and width % mesh.shape["fsdp"] == 0 and words % mesh.shape["tensor"] == 0:
+        table = _constrain(table, mesh, "tensor", "fsdp")
+    return split_rows(table[tokens])
 
 
 def for_words(x, words: int):
@@ -213,10 +229,10 @@ def _mesh_of_words(x, words):
     return None if mesh is None or words % ways(WEIGHTS, mesh) else mesh
 
 
-def _mesh_of_rows(x):
-    """Returns the mesh that jit was given an array on, None where none is or where it does not split the array's rows evenly."""
+def _mesh_of_rows(x, axis: int = 0):
+    """Returns the mesh that jit was given an array on, None where none is or where it does not split the array's rows, along an axis, evenly."""
     mesh = jax.typeof(x).sharding.mesh
-    splits = set(ROWS) <= set(mesh.axis_names) and row_parts(mesh) > 1 and x.shape[0] % row_parts(mesh) == 0
+    splits = set(ROWS) <= set(mesh.axis_names) and row_parts(mesh) > 1 and x.shape[axis] % row_parts(mesh) == 0
     return mesh if splits else None
 
 

@@ -273,7 +273,7 @@ def make_context(config: ModelConfig, positions, attend, start=None, positions_s
 def embed(config: ModelConfig, params: dict, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """Returns the tokens' rows of the embedding as the first layer reads them, in the type that the model computes in."""
     embedding = params["embed"]["embedding"]
-    return sharding.split_rows(scaled(config, embedding[tokens], embedding.dtype))
+    return scaled(config, sharding.looked_up(embedding, tokens), embedding.dtype)
 
 
 def scaled(config: ModelConfig, x, dtype):

@@ -134,7 +134,7 @@ def draw():
 def compiled(cache):
     """Runs of one config share what XLA compiled for the first of them, in whichever file that was.
 
-    Processes that a test starts read it and add nothing: one that is killed could leave half a program.
+    Processes that a test starts read it and add nothing, as one that is killed could leave half a program; but for those of test_processes.
     """
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
@@ -180,6 +180,7 @@ def root(tmp_path_factory, tiny_model):
     save_model(folder / "other_tokenizer", extra=("<|think|>",))
     save_model(folder / "short_window", max_position_embeddings=40)
     save_model(folder / "larger", seed=1, hidden_size=32, num_hidden_layers=2)
+    save_model(folder / "divided", vocab_size=336)  # eight devices divide its words
     return folder
 
 

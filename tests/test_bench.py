@@ -110,3 +110,10 @@ def test_mistakes_end_with_one_line(arguments, text, tmp_path, capsys):
     assert ended.value.code == 2
     assert text in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_ratios_of_a_run_that_was_stopped_are_of_what_both_sides_have():
+    of = lambda **seconds: {name: {"median_s": value} for name, value in seconds.items()}
+    ours = {"float32": of(step_lora=4.0, step_straight_through=5.0, decode=2.0), "bfloat16": of(step_lora=1.0)}
+    found = {"parts": ours, "torch": {"float32": of(torch_step_lora=6.0), "bfloat16": {}}}
+    assert bench.ratios(found) == {"step_lora": 6.0, "straight_through": 1.25}

@@ -18,10 +18,11 @@ pytestmark = pytest.mark.usefixtures("compiled")
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 # XLA has as many threads as cores. With two, the devices' collectives may each hold one and wait for a third: for ever.
 EIGHT = {**os.environ, "NPROC": "32", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 {PATIENT}"}
+DIVIDED = ("generator.model={root}/divided", "actor.model={root}/divided")  # models whose words the meshes divide
 KINDS = {  # what learns and in which order, with rollouts and evaluation
-    "lora, joint": ("generator.train=lora", "method=metatuner_j", "train.prompt_gradient=straight_through"),
-    "full, alternating": ("generator.train=full", "method=metatuner_i", "train.alternate_every=1", "hyper.network=trunk"),
-    "lora, in parts": ("generator.train=lora", "method=metatuner_j", "train.batch_size=16", "train.accumulate=2"),
+    "lora, joint": (*DIVIDED, "generator.train=lora", "method=metatuner_j", "train.prompt_gradient=straight_through"),
+    "full, alternating": (*DIVIDED, "generator.train=full", "method=metatuner_i", "train.alternate_every=1", "hyper.network=trunk"),
+    "lora, in parts": (*DIVIDED, "generator.train=lora", "method=metatuner_j", "train.batch_size=16", "train.accumulate=2"),
     "full, joint": ("generator.train=full", "method=metatuner_j"),
     "lora, alternating": ("generator.train=lora", "method=metatuner_i", "train.alternate_every=1", "warmup.actor_steps=1"),
 }
@@ -33,8 +34,8 @@ SETTINGS = ("train.batch_size=8", "train.learning_rate=1e-3")
 RUNS = "import json, sys; from experiments import run; sys.exit(max(run.main(arguments) for arguments in json.loads(sys.argv[1])))"
 
 
-def settings_of(kind, mesh=(1, 1, 1)):
-    return (*SETTINGS, *KINDS[kind], *(f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)))
+def settings_of(kind, root, mesh=(1, 1, 1)):
+    return (*SETTINGS, *(setting.format(root=root) for setting in KINDS[kind]), *(f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def alone(root, tmp_path_factory):
     @functools.cache
     def folder(kind):
         folder = tmp_path_factory.mktemp("alone") / "run"
-        assert start(command(root, folder, *settings_of(kind)))[0] == 0
+        assert start(command(root, folder, *settings_of(kind, root)))[0] == 0
         return folder
 
     return folder
@@ -57,7 +58,7 @@ def on_mesh(root, tmp_path_factory):
     @functools.cache
     def folders(mesh):
         found = {kind: tmp_path_factory.mktemp("mesh") / "run" for kind in MESHES[mesh]}
-        runs = [command(root, folder, *settings_of(kind, mesh)) for kind, folder in found.items()]
+        runs = [command(root, folder, *settings_of(kind, root, mesh)) for kind, folder in found.items()]
         done = subprocess.run([sys.executable, "-c", RUNS, json.dumps(runs)], env=EIGHT, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return found
@@ -83,7 +84,7 @@ def test_a_run_goes_on_on_another_number_of_devices(on_mesh, alone, root, tmp_pa
     for path in (folder / "results.json", folder / "predictions.jsonl", folder / "checkpoint_sums" / "4.json"):
         path.unlink()
     shutil.rmtree(folder / "checkpoints" / "4")
-    code, output = start(command(root, folder, *settings_of(kind)))
+    code, output = start(command(root, folder, *settings_of(kind, root)))
     assert code == 0 and "resuming at step 2 of 4" in output and "mesh.fsdp=1 (was 8)" in output
     assert_close(folder, alone(kind))
 

@@ -361,12 +361,12 @@ def test_sampled_frequencies_follow_the_softmax_at_the_temperature():
     expected = np.exp([0.5, 0, -0.5]) / np.exp([0.5, 0, -0.5]).sum()
     np.testing.assert_allclose(np.bincount(picks, minlength=4)[:3] / 4000, expected, atol=0.03)
 
+
 def test_the_first_of_the_largest_scores_is_taken():
     logits = jnp.round(jax.random.normal(jax.random.key(0), (200, 30)))  # with many ties
     allowed = jnp.arange(30) != 4
     np.testing.assert_array_equal(decode.pick(logits, None, 0.0, 1.0, allowed), np.argmax(np.where(allowed, logits, -np.inf), axis=-1))
     assert 0 <= int(decode.pick(jnp.full((1, 30), jnp.nan), None, 0.0, 1.0, allowed)[0]) < 30  # of scores that are none, some token
-
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():

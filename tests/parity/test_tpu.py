@@ -56,7 +56,8 @@ def test_the_step_compiles_for_a_tpu_and_fits(shape, monkeypatch):
     assert held < 16 * 2**30  # of a v5e chip
     gathered = [
         (np.prod([int(n) for n in dims.split(",")]), name)
-        for dims, name in re.findall(r'= \w+\[([\d,]+)\][^=]* all-gather\(.*op_name="([^"]*)"', program.as_text())
+        for arrays, name in re.findall(r'= (.+) all-gather(?:-start)?\(.*op_name="([^"]*)"', program.as_text())
+        for dims in re.findall(r"\w\[([\d,]+)\]", arrays)
     ]
     # The rows' LoRA are not brought together; nor, in the loop over layers within that over tokens, are any weights: a token of all rows is.
     loras = batch_size * model.num_layers * config_lib.Config().hyper.rank * model.width
