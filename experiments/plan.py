@@ -203,7 +203,7 @@ class Share:
 
     def head(self, mesh) -> int:
         """Returns the bytes of the head, or of the embedding in its place, where it is brought together: else its words stay where they are."""
-        return 0 if self.model.vocab_size % sharding.ways(sharding.WEIGHTS, mesh) == 0 else self.words * self.model.width * self.itemsize
+        return 0 if sharding.divides_words(self.model.vocab_size, mesh) else self.words * self.model.width * self.itemsize
 
     def layer(self) -> int:
         """Returns the bytes of a layer's weights."""
@@ -302,7 +302,7 @@ def step_memory(setup, lengths, mesh) -> dict[str, int]:
 def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
     state, _ = _shapes_of(_Key(setup))
     config, method, k = setup.config, setup.method, setup.num_shared
-    itemsize, remat, ways = setup.dtype.itemsize, config.train.remat, mesh.fsdp
+    itemsize, remat = setup.dtype.itemsize, config.train.remat
     rows = -(-config.train.batch_size // (config.train.accumulate * sharding.row_parts(mesh)))
     ours, theirs = (Share(model, mesh.tensor, itemsize) for model in (setup.generator, setup.actor))
     layers, query, prompt = setup.generator.num_layers, lengths.generator, config.generator.max_prompt_tokens
@@ -335,7 +335,7 @@ def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
     if method.adapter == "generated":
         found["LoRA of the rows, and its gradient"] = 2 * rows * lora_bytes(setup)
     found["scores of words"] = rows * max(theirs.scores(lengths.answer) * pairs if adapts else 0, ours.scores(prompt) if writes else 0)
-    if ways > 1:
+    if mesh.fsdp > 1:
         used = [share for share, is_used in ((ours, method.learns_generator), (theirs, adapts)) if is_used]
         twice = 2 if full else 1  # the gradients of these weights come together too
         gathered = (max(share.head(mesh) for share in used) + max(share.layer() for share in used)) * twice

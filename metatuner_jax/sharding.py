@@ -224,9 +224,14 @@ def split_words(scores):
     return scores if mesh is None else _constrain(scores, mesh, "data", None, WEIGHTS)
 
 
+def divides_words(words: int, mesh) -> bool:
+    """Returns whether embedding and head are split by words alone: otherwise by width (see RULES), and the head is brought together."""
+    return words % ways(WEIGHTS, mesh) == 0
+
+
 def _mesh_of_words(x, words):
     mesh = _mesh_of_rows(x)
-    return None if mesh is None or words % ways(WEIGHTS, mesh) else mesh
+    return mesh if mesh is not None and divides_words(words, mesh) else None
 
 
 def _mesh_of_rows(x, axis: int = 0):
