@@ -1,6 +1,5 @@
-"""The step as it is compiled for a mesh whose devices need not be there, and what these send each other."""
+"""The step as it is compiled for a mesh whose devices need not be there: what these send each other and, by a TPU's compiler, memory and time."""
 
-import collections
 import dataclasses
 import itertools
 import json
@@ -14,43 +13,63 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, generator, networks, sharding, train
+from metatuner_jax import data, generator, networks, product, sharding, train
 
 FEW = 2  # layers of each stack with which collectives are counted; once more with one more in each
+OF_TPU = ("arguments", "temporary", "bytes", "cycles")  # what is known of a step besides, where it is compiled for TPUs
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def collectives(setup, lengths, mesh) -> dict:
-    """Returns what the devices send each other in a step: {"by_kind": {kind: {"count", "bytes"}}, "compile_s", ...}.
+# What is known of a kind of TPU beside its compiler, as its maker states it for a device of jax: GiB of memory, and GHz where it is stated.
+TPUS = {"TPU v4": (16, None), "TPU v5 lite": (16, 1.5), "TPU v5": (95, 1.75), "TPU v6 lite": (32, None), "TPU7x": (96, None)}
 
-    The step is compiled for as many pretended CPU devices with few layers, and again with one more layer in each of its stacks (the
-    shared, the private, the actor's), in a process of its own. What grows with each of them is scaled to the real depths: a step is
-    linear in them. A count is of arrays, however many of them the compiler sends together; bytes are what each device has of them after
-    it. Prompts are taken to be as long as they may be. CPUs move bfloat16 as float32 and do not scatter what they reduce: bytes are those
-    of the type that it is computed in.
+
+def look_up(topology: str) -> dict:
+    """Returns {"devices", "kind"} of a topology of TPUs, such as "v5e:4x4", none of which need be there.
+
+    Raises:
+      RuntimeError: there is none of that name, or no compiler for it.
     """
-    if mesh.size == 1 or not setup.method.learns:
+    return child([topology])[0]
+
+
+def of_step(setup, lengths, mesh, topology: str | None = None) -> dict:
+    """Returns what a compiler says of a step: {"by_kind": {kind: {"count", "bytes"}}, "compile_s", ...}, what the devices send each other.
+
+    A count is of arrays, however many of them the compiler sends together; bytes are what each device has of them after it. Prompts are
+    taken to be as long as they may be. It is compiled in a process of its own, for as many pretended CPU devices, or for TPUs. For CPUs that is
+    done with few layers, and again with one more in each of the stacks (the shared, the private, the actor's): what grows with each of them is
+    scaled to the real depths, as a step is linear in them. CPUs move bfloat16 as float32 and do not scatter what they reduce: bytes are those
+    of the type that it is computed in.
+
+    Args:
+      topology: of as many TPUs as the mesh has. With it there are also "arguments", "temporary" and "bytes", those of a device's memory, and
+        "cycles" (see `read_cycles`).
+
+    Raises:
+      RuntimeError: it cannot be compiled.
+    """
+    if not setup.method.learns or (mesh.size == 1 and not topology):
         return {"by_kind": {}, "compile_s": None}
-    shared, private = setup.num_shared, setup.generator.num_layers - setup.num_shared
-    depths = (FEW, FEW, FEW)
-    tried = [depths, *(tuple(depth + (i == j) for j, depth in enumerate(depths)) for i in range(3))]
     began = time.perf_counter()
-    found = in_child([(with_depths(setup, *few), lengths, mesh) for few in tried])
-    first, *slopes = found
-    true = (shared, private, setup.actor.num_layers)
-    total: dict[str, dict[str, int]] = {}
-    for kind in KINDS:
-        for what in ("count", "bytes"):
-            base = first["by_kind"][kind][what]
-            steps = [(depth - FEW) * (slope["by_kind"][kind][what] - base) for depth, slope in zip(true, slopes)]
-            total.setdefault(kind, {})[what] = int(base + sum(steps))
+    true = (setup.num_shared, setup.generator.num_layers - setup.num_shared, setup.actor.num_layers)
+    if topology:
+        (found,) = in_child([(setup, lengths, mesh)], topology)
+        depths = true
+    else:
+        depths = (FEW, FEW, FEW)
+        tried = [depths, *(tuple(depth + (i == j) for j, depth in enumerate(depths)) for i in range(3))]
+        first, *more = in_child([(with_depths(setup, *few), lengths, mesh) for few in tried])
+        scaled = lambda base, *more: int(base + sum((depth - FEW) * (one - base) for depth, one in zip(true, more)))
+        found = {name: first[name] for name in ("compile_s", "lower_s")}
+        found["by_kind"] = jax.tree.map(scaled, first["by_kind"], *(one["by_kind"] for one in more))
     return {
-        "by_kind": {kind: sizes for kind, sizes in total.items() if sizes["count"]},
-        "compiled_for": mesh.size, "depths": list(depths), "compile_s": round(first["compile_s"], 1), "lower_s": round(first["lower_s"], 1),
-        "all_s": round(time.perf_counter() - began, 1),
+        **found, "by_kind": {kind: sizes for kind, sizes in found["by_kind"].items() if sizes["count"]}, "compiled_for": mesh.size,
+        "depths": list(depths), **{name: round(found[name], 1) for name in ("compile_s", "lower_s")}, "all_s": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
 
@@ -72,14 +91,18 @@ def of_depth(model, layers: int):
     return dataclasses.replace(model, num_layers=layers, sliding_layers=turns)
 
 
-def in_child(jobs) -> list[dict]:
-    """Returns what `compile_step` finds of each (setup, lengths, mesh), in a process that has as many devices as the largest mesh."""
-    devices = max(mesh.size for _, _, mesh in jobs)
+def in_child(jobs, topology: str | None = None) -> list[dict]:
+    """Returns what `compile_step` finds of each (setup, lengths, mesh), in a process with as many pretended devices as the largest mesh, or for TPUs."""
+    devices = 1 if topology else max(mesh.size for _, _, mesh in jobs)
+    return child([{**as_json(*job), "topology": topology} for job in jobs], devices)
+
+
+def child(jobs, devices: int = 1) -> list[dict]:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a program out of it says nothing of its collectives
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.compiled"], input=json.dumps([as_json(*job) for job in jobs]).encode(), check=False, capture_output=True, env=environment,
+        [sys.executable, "-m", "experiments.compiled"], input=json.dumps(jobs).encode(), check=False, capture_output=True, env=environment,
         cwd=pathlib.Path(__file__).parent.parent,
     )  # fmt: skip
     if done.returncode:
@@ -103,78 +126,134 @@ def from_json(found: dict):
     return setup, data.Lengths(**found["lengths"]), config_lib.MeshConfig(**found["mesh"])
 
 
-def compile_step(setup, lengths, mesh: config_lib.MeshConfig) -> dict:
-    """Returns what the compiler says of a step: its collectives, the bytes of its memory, and the seconds that it took.
+def compile_step(setup, lengths, mesh: config_lib.MeshConfig, topology: str | None = None) -> dict:
+    """Returns what the compiler says of a step: its collectives, the bytes of its memory, a TPU's cycles, and the seconds that it took.
 
-    The mesh is of devices that are there, pretended or not. The step is that of the joint phase, and of its first turn where turns are taken.
+    The mesh is of devices that are there, pretended or not, or of the TPUs of a topology. The step is that of the joint phase, and of its first
+    turn where turns are taken.
     """
     assert mesh.data is not None  # it is that of a mesh, not of a config
-    real = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
+    devices = tpus(topology) if topology else jax.devices()
+    real = sharding.make_mesh(mesh, devices[: mesh.data * mesh.fsdp * mesh.tensor])
     began = time.perf_counter()
-    lowered = lower_step(setup, lengths, real)
+    lowered = lower_step(setup, lengths, real, "tpu" if topology else None)
     traced = time.perf_counter()
     program = lowered.compile()
-    took, sizes = time.perf_counter() - traced, program.memory_analysis()
+    took, sizes, text = time.perf_counter() - traced, program.memory_analysis(), program.as_text()
     ends = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    lines = run_lines(text, setup)
     return {
-        "by_kind": read_collectives(program.as_text(), setup), "arguments": sizes.argument_size_in_bytes, "temporary": sizes.temp_size_in_bytes,
-        "bytes": ends + sizes.temp_size_in_bytes, "lower_s": traced - began, "compile_s": took,
+        "by_kind": read_collectives(lines, setup), "arguments": sizes.argument_size_in_bytes, "temporary": sizes.temp_size_in_bytes,
+        "bytes": ends + sizes.temp_size_in_bytes, "cycles": read_cycles(lines) if topology else {}, "lower_s": traced - began, "compile_s": took,
     }  # fmt: skip
 
 
-def lower_step(setup, lengths, mesh):
-    """Returns the step of the joint phase for shapes on a real mesh, as it is given to the compiler."""
+def tpus(topology: str):
+    """Returns the devices of a topology, none of which need be there."""
+    single = re.fullmatch(r"\w+:1(x1)*", topology)  # one chip is less than a host has, unless that is said
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **({"chips_per_host_bounds": (1, 1, 1)} if single else {})).devices
+
+
+def lower_step(setup, lengths, mesh, platform: str | None = None):
+    """Returns the step of the joint phase for shapes on a mesh, as it is given to the compiler; `platform`: that of its devices, if it is not jax's."""
     state, frozen = sharding.shapes_at(networks.shapes(setup), mesh)
     batch = sharding.shapes_at(batch_shapes(setup, lengths), mesh, lambda *_: PartitionSpec(sharding.ROWS))
     key = sharding.shapes_at(jax.eval_shape(lambda: jax.random.key(0)), mesh, lambda *_: PartitionSpec())
     phase = train.phases(setup)[-1]
     loss, parts = phase.turns[0]
-    with train.uncollected():
-        return train.make_train_step(loss, setup.config.train, phase, parts).lower(state, frozen, batch, key)
+    with train.uncollected(), product.written_for(platform or product.platform()):
+        step = train.make_train_step(loss, setup.config.train, phase, parts)
+        return step.trace(state, frozen, batch, key).lower(lowering_platforms=(platform,) if platform else None)
 
 
-def read_collectives(text: str, setup) -> dict:
-    """Returns {kind: {"count", "bytes"}} of a compiled program; what is in a loop counts as often as the loop is gone through."""
-    own = re.compile(r"jit\(_layer\)|vd->|->vd|/gather|scatter-add")  # what is computed in the type of the compute
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """An instruction of a compiled program."""
+
+    text: str
+    times: int  # how often it is run
+    sampling: bool  # in the loop that samples prompts
+    fused: bool  # in an instruction that stands for several, with a line of its own
+
+
+def run_lines(text: str, setup) -> list[Line]:
+    """Returns the instructions that a compiled program runs; what is in a loop runs as often as the loop is gone through."""
+    bodies: dict[str, list[str]] = {}
     name = ""
-    bodies: dict[str, list] = collections.defaultdict(list)  # [(kind, bytes)] of what a computation moves itself
-    calls: dict[str, list] = collections.defaultdict(list)  # [(computation, how often)]
     for line in text.splitlines():
         head = re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
         if head:
             name = "ENTRY" if line.startswith("ENTRY") else head[1]
-            continue
-        loop = re.search(r"\bwhile\(.*?condition=%?([\w.-]+), body=%?([\w.-]+)", line)
-        if loop:
-            trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
-            # No other loop of a step has a number of turns that is not known: sampling ends with the prompts.
-            times = int(trips[1]) if trips else max(setup.config.generator.max_prompt_tokens - 1, 1)
-            calls[name] += [(loop[2], times), (loop[1], times)]
-        for called in re.findall(r"(?:to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
-            calls[name].append((called, 1))
-        for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
-            calls[name] += [(called.strip().lstrip("%"), 1) for called in group.split(",")]
-        moved = re.search(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(", line)
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+    found: list[Line] = []
+
+    def walk(name, times, sampling, fused):
+        for line in bodies[name]:
+            found.append(Line(line, times, sampling, fused))
+            loop = re.search(r"\bwhile\(.*?condition=%?([\w.-]+), body=%?([\w.-]+)", line)
+            if loop:
+                turns = _turns(line, bodies[loop[1]])
+                # No other loop of a step has a number of turns that is not known: sampling ends with the prompts.
+                often = times * (turns or max(setup.config.generator.max_prompt_tokens - 1, 1))
+                for part in loop.groups():
+                    walk(part, often, sampling or turns is None, fused)
+            for called in re.findall(r"(?:to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
+                walk(called, times, sampling, fused)
+            for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
+                for called in group.split(","):
+                    walk(called.strip().lstrip("%"), times, sampling, fused)
+            for called in re.findall(r"\bcalls=%?([\w.-]+)", line):
+                walk(called, times, sampling, True)
+
+    walk("ENTRY", 1, False, False)
+    return found
+
+
+def _turns(line, condition) -> int | None:
+    """Returns how often a loop is gone through, None where that depends on what it computes: as the compiler notes it, or by what is counted up to."""
+    noted = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
+    if noted:
+        return int(noted[1])
+    counts = [re.search(r"= [su]32\[\]\S* constant\((\d+)\)", one) for one in condition]
+    compares = any(" compare(" in one and "direction=LT" in one for one in condition)
+    number = next((int(count[1]) for count in counts if count), None)
+    return number if compares and not any("reduce" in one for one in condition) else None
+
+
+def read_collectives(lines: list[Line], setup) -> dict:
+    """Returns {kind: {"count", "bytes"}} of what a compiled program runs."""
+    own = re.compile(r"jit\(_layer\)|vd->|->vd|/gather|scatter-add")  # what is computed in the type of the compute
+    found = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
+    for line in lines:
+        moved = re.search(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(", line.text)
         if moved:
             arrays = re.findall(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\]", moved[1])
             arrays = arrays[len(arrays) // 2 :] if moved[3] and moved[2] != "all-reduce" else arrays
-            op = re.search(r'op_name="([^"]*)"', line)
+            op = re.search(r'op_name="([^"]*)"', line.text)
             narrow = setup.dtype.itemsize if op and own.search(op[1]) else 4
             for kind, bits, dims in arrays:
                 size = min(int(bits) // 8, narrow) if kind in ("f", "bf") else max(int(bits) // 8, 1)
-                bodies[name].append((moved[2], size * math.prod(int(n) for n in dims.split(",") if n)))
-    found = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
-
-    def walk(name, times):
-        for kind, size in bodies[name]:
-            found[kind]["count"] += times
-            found[kind]["bytes"] += times * size
-        for called, turns in calls[name]:
-            walk(called, times * turns)
-
-    walk("ENTRY", 1)
+                found[moved[2]]["count"] += line.times
+                found[moved[2]]["bytes"] += line.times * size * math.prod(int(n) for n in dims.split(",") if n)
     return found
 
+
+def read_cycles(lines: list[Line]) -> dict[str, int]:
+    """Returns a TPU's cycles for what a compiled program runs, by part, as its compiler estimates them.
+
+    What is sent between devices or fetched ahead, beside the work, is not in them.
+    """
+    found = {"sampling": 0, "forward": 0, "backward": 0, "update and the rest": 0}
+    for line in lines:
+        cycles = None if line.fused else re.search(r'"estimated_cycles":"(\d+)"', line.text)
+        if cycles:
+            op = re.search(r'op_name="([^"]*)"', line.text)
+            name = op[1] if op else ""
+            part = "sampling" if line.sampling else "backward" if "transpose(jvp" in name else "forward" if "jvp(" in name else "update and the rest"
+            found[part] += line.times * int(cycles[1])
+    return found
 
 
 def batch_shapes(setup, lengths):
@@ -190,5 +269,18 @@ def batch_shapes(setup, lengths):
     return batch
 
 
+def main(jobs) -> list[dict]:
+    """Returns what `compile_step` finds of steps as JSON holds them, and what `look_up` does of names of topologies."""
+    found = []
+    for job in jobs:
+        if isinstance(job, str):
+            devices = tpus(job)
+            found.append({"devices": len(devices), "kind": devices[0].device_kind})
+        else:
+            setup, lengths, mesh = from_json(job)
+            found.append(compile_step(setup, lengths, mesh, job["topology"]))
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps([compile_step(*from_json(job)) for job in json.load(sys.stdin)]))
+    print(json.dumps(main(json.load(sys.stdin))))

@@ -1,9 +1,10 @@
 """What a run would take, without doing it: parameters, memory a device, FLOPs, and what the devices of a mesh say to each other.
 
-    python -m experiments.run --plan --config FILE [--config.mesh.fsdp=8 ...] [--devices N] [--memory GIB] [--json FILE]
+    python -m experiments.run --plan --config FILE [--config.mesh.fsdp=8 ...] [--devices N | --topology v5e:4x4] [--memory GIB] [--json FILE]
 
 Memory and FLOPs are worked out from shapes and from the rules of `sharding`. Collectives are read from the step as it is compiled, with
-few layers, for as many pretended devices (see `compiled`). No weights are loaded, and nothing is written but `--json`.
+few layers, for as many pretended devices; with `--topology` as the compiler of TPUs makes it, which also says its memory and, by its
+estimate, its time (see `compiled`). No weights are loaded, and nothing is written but `--json`.
 """
 
 import collections
@@ -13,6 +14,7 @@ import itertools
 import math
 import os
 import pathlib
+import re
 import sys
 
 import jax
@@ -71,23 +73,29 @@ def main(argv) -> int:
     Raises:
       run.Mistake, ValueError: the command line, the config or the models cannot be used.
     """
-    names = ("--config", "--workdir", "--devices", "--memory", "--json", *run_lib.OF_PROCESSES)  # as a run's, but for three
+    names = ("--config", "--workdir", "--devices", "--topology", "--memory", "--json", *run_lib.OF_PROCESSES)  # as a run's, but for four
     options, assignments = run_lib.read_arguments(argv, names, ("--plan",))
     path = run_lib.config_path(options)
-    devices = _number(options, "--devices", int) or jax.device_count()
+    devices = _number(options, "--devices", int)
     memory = _number(options, "--memory", float)
-    memory = memory * GIB if memory else device_memory()
     config = run_lib.load_config(path, assignments)
-    mesh = mesh_of(config.mesh, devices)
-    setup, lengths, known = setup_of(config, mesh)
-    plan = make_plan(setup, lengths, mesh)
-    plan["lengths"]["from"] = "the rows" if known else "the config's limits, as there is no tokenizer"
-    try:
-        plan["collectives"] = compiled.collectives(setup, lengths, mesh)
-    except RuntimeError as error:  # the rest stands without them
-        plan["collectives"] = {"by_kind": {}, "failed": " ".join(str(error).split())}
-    plan["memory"] |= {"limit": int(memory), "fits": plan["memory"]["peak"] <= memory}
-    refusal = None if plan["memory"]["fits"] else refuse(setup, lengths, mesh, plan, memory)
+    topology = options.get("--topology")
+    tpus = tpus_of(topology, devices, memory) if topology else None
+    devices = tpus["devices"] if tpus else devices or jax.device_count()
+    memory = (memory or (tpus["memory"] if tpus else device_memory() / GIB)) * GIB
+    with product.written_for("tpu" if tpus else product.platform()):
+        mesh = mesh_of(config.mesh, devices)
+        setup, lengths, known = setup_of(config, mesh)
+        plan = make_plan(setup, lengths, mesh)
+        plan["lengths"]["from"] = "the rows" if known else "the config's limits, as there is no tokenizer"
+        try:
+            found = compiled.of_step(setup, lengths, mesh, topology)
+        except RuntimeError as error:  # the rest stands without it
+            found = {"by_kind": {}, "failed": " ".join(str(error).split())}
+        plan["tpu"] = {**tpus, "topology": topology, **{name: found.pop(name) for name in compiled.OF_TPU if name in found}} if tpus else None
+        plan["collectives"] = found
+        plan["memory"] |= {"limit": int(memory), "fits": plan["memory"]["peak"] <= memory}
+        refusal = None if plan["memory"]["fits"] else refuse(setup, lengths, mesh, plan, memory)
     plan["refusal"] = refusal
     print(table(plan))
     if "--json" in options:
@@ -107,6 +115,27 @@ def _number(options, name, kind):
     if not 0 < value < float("inf"):
         raise run_lib.Mistake(f"{name}={options[name]} must be a number above 0")
     return value
+
+
+def tpus_of(topology: str, devices: int | None, memory: float | None) -> dict:
+    """Returns {"devices", "kind", "memory", "ghz"} of a topology of TPUs: how many, what they are, the GiB of each and its clock, None if not known.
+
+    Raises:
+      run.Mistake: there is no such topology, no compiler for it, or it has not as many devices as are asked for.
+    """
+    try:
+        found = compiled.look_up(topology)
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise run_lib.Mistake(f"--topology={topology} needs the compiler of TPUs, which comes with `pip install -e .[tpu]`") from None
+        why = re.sub(r"^[\w.]*Error: ([A-Z_]+: )?", "", str(error).splitlines()[-1])
+        raise run_lib.Mistake(f"--topology={topology} is not one of TPUs, such as v5e:4x4 or v5p:2x2x2: {why}") from None
+    if devices not in (None, found["devices"]):
+        raise run_lib.Mistake(f"--topology={topology} has {found['devices']} devices and --devices={devices}: leave --devices out")
+    gib, ghz = compiled.TPUS.get(found["kind"], (memory, None))
+    if gib is None:
+        raise run_lib.Mistake(f"--topology={topology} is of {found['kind']}, of which no memory is known: say it with --memory")
+    return {**found, "memory": gib, "ghz": ghz}
 
 
 def device_memory() -> float:
@@ -300,7 +329,7 @@ def step_memory(setup, lengths, mesh) -> dict[str, int]:
 
 
 def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
-    state, _ = _shapes_of(_Key(setup))
+    state, frozen = _shapes_of(_Key(setup))
     config, method, k = setup.config, setup.method, setup.num_shared
     itemsize, remat = setup.dtype.itemsize, config.train.remat
     rows = -(-config.train.batch_size // (config.train.accumulate * sharding.row_parts(mesh)))
@@ -350,6 +379,8 @@ def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
             sampling.pop(name, None)
         sampling["KV cache of sampling"] = rows * layers * (ours.cache(query + prompt) + ours.cache(query))
         sampling["scores of words"] = rows * ours.words * 3 * 4
+        if decode.fastest_layers(True, config.weights) == "unroll":
+            sampling["layers one by one"] = layers_of(frozen.generator, mesh, found.get("generator in the type of the compute", 0))
     return max((found, at_update, sampling), key=lambda parts: sum(parts.values()))
 
 
@@ -373,7 +404,6 @@ def answer_memory(setup, lengths, mesh, evaluates: bool) -> dict[str, int]:
     state, frozen = _shapes_of(_Key(setup))
     per_device = lambda copies: -(-config.eval.batch_size // (copies * parts)) * copies
     query, prompt, answer = lengths.generator, config.generator.max_prompt_tokens, config.actor.max_answer_tokens
-    layers_of = lambda params: 0 if params is None else bytes_of(params["layers"], mesh)
     cast = 0
     if config.generator.train == "full" and method.learns_generator:
         cast = bytes_of({name: state.params[name] for name in state.params if name in ("embed", "shared", "prompt")}, mesh) * itemsize // MASTER
@@ -381,13 +411,13 @@ def answer_memory(setup, lengths, mesh, evaluates: bool) -> dict[str, int]:
     if method.prompt != "initial":
         rows = per_device(copies)
         writing["generator in the type of the compute"] = cast
-        writing["layers one by one"] = (layers_of(frozen.generator) or cast) if unrolls else 0
+        writing["layers one by one"] = layers_of(frozen.generator, mesh, cast) if unrolls else 0
         writing["KV cache of the prompts"] = rows * setup.generator.num_layers * (ours.cache(query + prompt) + ours.cache(query))
         writing["scores of words"] = rows * ours.words * 3 * 4
         writing["at work in a layer"] = -(-rows // copies) * ours.at_work(query, query)
     rows, read = per_device(1), len(setup.prefix) + prompt + lengths.query
     some = -(-config.eval.batch_size // (4 * parts))
-    answering["layers one by one"] = layers_of(frozen.actor) if unrolls and answer > 1 else 0
+    answering["layers one by one"] = layers_of(frozen.actor, mesh) if unrolls and answer > 1 else 0
     answering["KV cache of the answers"] = (rows + 2 * some) * setup.actor.num_layers * theirs.cache(read + answer)
     if method.adapter == "generated":
         answering["LoRA of the rows"] = (rows + some) * lora_bytes(setup) + rows * lora_bytes(setup) * itemsize // MASTER
@@ -400,6 +430,11 @@ def answer_memory(setup, lengths, mesh, evaluates: bool) -> dict[str, int]:
             if found:
                 found["weights brought together over fsdp"] = share.head(mesh) + share.layer()
     return max((writing, answering), key=lambda parts: sum(parts.values()))
+
+
+def layers_of(params, mesh, cast: int = 0) -> int:
+    """Returns the bytes of a model's layers on a device, once more where each is taken out of its stack; of one that learns in full, `cast`."""
+    return cast if params is None else bytes_of(params["layers"], mesh)
 
 
 def mean_bytes(setup, parts: int) -> int:
@@ -575,15 +610,29 @@ def table(plan: dict) -> str:
     if plan["flops"]:
         lines += ["", f"{'FLOPs of a step, all devices':<52}{'10^12':>12}"]
         lines += [f"  {name:<50}{size / 1e12:>12.3f}" for name, size in plan["flops"].items()]
-    moved = plan.get("collectives", {})
+    return "\n".join([*lines, *_compiled(plan)])
+
+
+def _compiled(plan) -> list[str]:
+    """Returns the lines of what a compiler says of the step."""
+    tpu, moved = plan.get("tpu"), plan.get("collectives", {})
+    lines = []
+    if tpu and "cycles" in tpu:
+        times = lambda cycles: f"{cycles / 1e6:>12.1f}" + (f"{cycles / tpu['ghz'] / 1e6:>12.1f}" if tpu["ghz"] else "")
+        cycles = {**tpu["cycles"], "all": sum(tpu["cycles"].values())}
+        lines += ["", f"{'memory of a device in the step, by the compiler':<52}{'GiB':>12}"]
+        lines += [f"  {name:<50}{tpu[key] / GIB:>12.3f}" for name, key in (("arguments", "arguments"), ("temporary", "temporary"), ("all", "bytes"))]
+        lines += ["", f"{'work of a device in the step, by the estimate of the':<52}" + f"{'10^6':>12}", f"{'compiler of a ' + tpu['kind']:<52}{'cycles':>12}" + f"{'ms':>12}" * bool(tpu["ghz"])]
+        lines += [f"  {name:<50}{times(count)}" for name, count in cycles.items()]
+        if tpu["ghz"]:
+            rate = plan["flops"]["all"] / plan["devices"] / cycles["all"] * tpu["ghz"] / 1e3
+            lines.append(f"  {rate:.0f} TFLOP/s, were nothing waited for that is sent or fetched")
     if "failed" in moved:
-        lines += ["", f"no collectives: {moved['failed']}"]
+        lines += ["", f"not compiled: {moved['failed']}"]
     if moved.get("by_kind"):
         lines += ["", f"{'collectives of a step':<52}{'arrays':>12}{'MiB':>12}"]
         lines += [f"  {kind:<50}{sizes['count']:>12}{sizes['bytes'] / 2**20:>12.1f}" for kind, sizes in moved["by_kind"].items()]
-        lines.append(
-            f"  read from the step with {compiled.FEW} and {compiled.FEW + 1} layers a stack, compiled for {moved['compiled_for']} pretended devices in "
-            f"{moved['compile_s']} s (all {moved['all_s']} s)"
-        )
-    return "\n".join(lines)
-
+    if moved.get("compile_s") is not None:
+        what = f"the step, compiled for {tpu['topology']}" if tpu else f"the step with {compiled.FEW} and {compiled.FEW + 1} layers a stack, compiled for {moved['compiled_for']} pretended devices"
+        lines.append(f"  read from {what} in {moved['compile_s']} s (all {moved['all_s']} s)")
+    return lines

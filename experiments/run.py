@@ -28,7 +28,8 @@ workdir resumes; a finished one says so and changes nothing.
                     one of several processes that do the run together, I from 0 to N-1, the first one at HOST:PORT; on TPU
                     pods and on Slurm they find one another
   --plan            say what the run would take, and do nothing: with --devices N (default: those there are), --memory GIB of each
-                    (default: what it says), --json FILE; exit code 1 where it does not fit
+                    (default: what it says), --topology v5e:4x4 for what the compiler of these TPUs says, which need not be there,
+                    --json FILE; exit code 1 where it does not fit
   --help            this text
 
 Settings and their defaults (`none` clears an optional one):

@@ -134,7 +134,7 @@ def follow(config: ModelConfig, params: dict, start: Prefill, segments, loras=No
 
 
 def fastest_layers(in_step: bool = False, weights: str = "dtype") -> str:
-    """Returns how many rows are written quickest: a scan copies each layer's weights for each token, on a CPU and on a GPU.
+    """Returns how many rows are written quickest: a scan reads or copies each layer's weights when it comes to it, an unrolled loop ahead of it.
 
     In a training step, a CPU scans nevertheless: there, the time to compile grows with what is unrolled. Weights in 8 bits are scanned
     everywhere: they are made wider for each token in any case, and unrolled, all layers' wide copies are alive at once on a CPU.
@@ -142,9 +142,7 @@ def fastest_layers(in_step: bool = False, weights: str = "dtype") -> str:
     Args:
       weights: as the setting of that name.
     """
-    if weights == "int8":
-        return "scan"
-    return {"cpu": "scan" if in_step else "unroll", "gpu": "unroll"}.get(jax.default_backend(), "scan")
+    return "scan" if weights == "int8" or (in_step and product.platform() == "cpu") else "unroll"
 
 
 def begin(
@@ -265,8 +263,8 @@ def sample(
       key, rows: the noise's key and each row's number (see `gumbel`); needed where `temperature` is above 0.
       temperature: 0 is greedy.
       loras: as in `transformer.forward`, and those with which the rows were read.
-      layers: "scan" compiles one layer. "unroll" takes each layer's weights out of the stack before the first token, where a scan copies
-        them for each: faster on a CPU, with a second copy of the weights and more to compile.
+      layers: "scan" compiles one layer. "unroll" takes each layer's weights out of the stack before the first token: faster, with a second
+        copy of the weights and more to compile (see `fastest_layers`).
     """
     how = {"end_id": end_id, "allowed": allowed, "key": key, "temperature": temperature, "top_p": top_p}
     state = begin(config, params, start, max_new_tokens=max_new_tokens, rows=rows, layers=layers, **how)

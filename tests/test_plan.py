@@ -46,6 +46,59 @@ def test_a_step_is_read_back_as_it_was_written_and_few_layers_slide_in_turns_as_
     assert compiled_lib.with_depths(setup, 1, 1, 9).actor.sliding_layers == (*model.sliding_layers, True)
 
 
+PROGRAM = """
+HloModule step
+
+%added (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inside (p: bf16[4]) -> bf16[4] {
+  ROOT %product = bf16[4] multiply(%p, %p), backend_config={"estimated_cycles":"1000000"}
+}
+
+%layer (state: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %weights = bf16[8]{0} all-gather(%part), metadata={op_name="jit(step)/jvp()/while/body/jit(_layer)/up/dot_general"}
+  %read = bf16[4] fusion(%weights), kind=kLoop, calls=%inside, metadata={op_name="jit(step)/jvp()/while/body"}, backend_config={"estimated_cycles":"100"}
+}
+
+%more_layers (state: (s32[], bf16[8])) -> pred[] {
+  %count = u32[]{:T(128)} constant(7)
+  ROOT %less = pred[] compare(%i, %count), direction=LT
+}
+
+%token (state: (s32[], pred[2])) -> (s32[], pred[2]) {
+  %layers = (s32[], bf16[8]) while(%tuple), condition=%more_layers, body=%layer
+  %picked = s32[2] fusion(%scores), kind=kLoop, calls=%inside, backend_config={"estimated_cycles":"10"}
+}
+
+%some_go_on (state: (s32[], pred[2])) -> pred[] {
+  %rows = s32[]{:T(128)} constant(64)
+  %ended = s32[] reduce(%flags, %zero), dimensions={0}, to_apply=%added, backend_config={"estimated_cycles":"1"}
+  ROOT %less = pred[] compare(%ended, %rows), direction=LT
+}
+
+ENTRY %main (arguments: f32[8]) -> f32[8] {
+  %sampled = (s32[], pred[2]) while(%tuple), condition=%some_go_on, body=%token
+  %forward = (s32[], bf16[8]) while(%tuple), condition=%noted, body=%layer, backend_config={"known_trip_count":{"n":"3"}}
+  %back = bf16[4] fusion(%x), kind=kOutput, calls=%inside, metadata={op_name="jit(step)/transpose(jvp())/dot_general"}, backend_config={"estimated_cycles":"5000"}
+  %norm = f32[]{:T(128)} all-reduce(%squares), to_apply=%added, backend_config={"estimated_cycles":"7"}
+}
+
+%noted (state: (s32[], bf16[8])) -> pred[] {
+  %anything = s32[] constant(99)
+}
+"""
+
+
+def test_loops_of_a_compiled_program_count_as_often_as_they_are_gone_through():
+    setup = make_setup("bfloat16")  # prompts of 16 tokens: 15 are read
+    lines = compiled_lib.run_lines(PROGRAM, setup)
+    assert compiled_lib.read_cycles(lines) == {"sampling": 15 * (7 * 100 + 10 + 1), "forward": 3 * 100, "backward": 5000, "update and the rest": 7}
+    found = compiled_lib.read_collectives(lines, setup)
+    assert found["all-gather"] == {"count": 15 * 7 + 3, "bytes": (15 * 7 + 3) * 8 * 2} and found["all-reduce"] == {"count": 1, "bytes": 4}
+
+
 # --- against the compiler, for eight devices ---
 
 CASES = [("float32", "full", (8, 1, 1), 8192), ("float32", "lora", (1, 8, 1), 8192), ("bfloat16", "lora", (2, 2, 2), 8192)]
@@ -109,7 +162,7 @@ def test_fsdp_brings_weights_together_for_many_tokens_and_rows_for_few(compiled)
 def test_what_two_layers_send_is_scaled_to_what_six_do(method):
     mesh = plan.Mesh(1, 8, 1)
     setup = by_method(with_layers(4, 2, 6), method)
-    scaled = compiled_lib.collectives(setup, LENGTHS, mesh)["by_kind"]
+    scaled = compiled_lib.of_step(setup, LENGTHS, mesh)["by_kind"]
     (deep,) = compiled_lib.in_child([(setup, LENGTHS, mesh)])
     assert scaled == {kind: sizes for kind, sizes in deep["by_kind"].items() if sizes["count"]}
     assert scaled["all-gather"]["count"] > (4 + 6) * 7
@@ -273,13 +326,51 @@ def test_a_plan_needs_no_weights_and_writes_only_what_it_is_asked_to(folder, tmp
 
 
 def test_a_step_that_cannot_be_compiled_leaves_the_rest_of_the_plan(folder, capsys, monkeypatch):
-    def fail(jobs):
+    def fail(jobs, topology=None):
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setattr(compiled_lib, "in_child", fail)
     assert start(folder, "--devices=2", "--memory=1") == 0
     text = capsys.readouterr().out
-    assert "no collectives: out of memory" in text and "moments of the optimiser" in text
+    assert "not compiled: out of memory" in text and "moments of the optimiser" in text
+
+
+def answer(monkeypatch, found):
+    """Has the compiler of TPUs answer with what is found, an error or a list."""
+
+    def child(jobs, devices=1):
+        if isinstance(found, Exception):
+            raise found
+        return [{"devices": 2, "kind": found[0]}] if isinstance(jobs[0], str) else found[1]
+
+    monkeypatch.setattr(compiled_lib, "child", child)
+
+
+def test_the_compiler_of_tpus_says_memory_and_work(folder, tmp_path, capsys, monkeypatch):
+    sent = {kind: {"count": 0, "bytes": 0} for kind in compiled_lib.KINDS} | {"all-reduce": {"count": 3, "bytes": 3 * 2**20}}
+    cycles = {"sampling": 3_000_000, "forward": 6_000_000, "backward": 9_000_000, "update and the rest": 0}
+    step = {"arguments": 2**30, "temporary": 2**31, "bytes": 3 * 2**30, "cycles": cycles, "by_kind": sent, "lower_s": 1.0, "compile_s": 2.0}
+    answer(monkeypatch, ("TPU v5 lite", [step]))
+    assert start(folder, "--topology=v5e:1x2", f"--json={tmp_path}/plan.json") == 0
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    assert {"on 2 devices: data=2, fsdp=1, tensor=1"} <= {line.split("metatuner_j, float32, ")[-1] for line in lines}
+    assert {"sampling 3.0 2.0", "forward 6.0 4.0", "all 18.0 12.0", "temporary 2.000", "all-reduce 3 3.0"} <= lines  # 1.5 GHz
+    assert found["memory"]["limit"] == 16 * 2**30 and found["tpu"]["cycles"] == cycles and found["tpu"]["topology"] == "v5e:1x2"
+    assert found["collectives"]["by_kind"] == {"all-reduce": {"count": 3, "bytes": 3 * 2**20}}
+
+
+@pytest.mark.parametrize(("found", "arguments", "message"), [
+    (RuntimeError("...\nRuntimeError: JAX TPU support not installed; cannot"), (), "--topology=v5e:1x2 needs the compiler of TPUs, which comes with"),
+    (RuntimeError("...\njax.errors.JaxRuntimeError: INVALID_ARGUMENT: Invalid name: v9"), (), "is not one of TPUs, such as v5e:4x4 or v5p:2x2x2: Invalid name: v9"),
+    (("TPU v5 lite", []), ("--devices=4",), "--topology=v5e:1x2 has 2 devices and --devices=4: leave --devices out"),
+    (("TPU v99", []), (), "--topology=v5e:1x2 is of TPU v99, of which no memory is known: say it with --memory"),
+], ids=["no compiler", "no such", "other number", "no memory"])  # fmt: skip
+def test_topologies_that_cannot_be_planned_for_are_one_line(folder, capsys, monkeypatch, found, arguments, message):
+    answer(monkeypatch, found)
+    assert start(folder, "--topology=v5e:1x2", *arguments) == 2
+    line = capsys.readouterr().err.strip()
+    assert message in line and "\n" not in line
 
 
 def test_a_config_json_alone_is_planned_with_the_limits_of_the_config(folder, tmp_path):

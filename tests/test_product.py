@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metatuner_jax import product
+from metatuner_jax import decode, product
 
 SPECS = {
     "bti,io->bto": ((2, 3, 5), (5, 7)),
@@ -71,3 +71,26 @@ def test_packed_numbers_are_the_same_numbers_and_named_ones_keep_their_gradient(
         body = jax.checkpoint(lambda x: jnp.sum(jnp.sin(product.named(jnp.exp(x), name))), policy=policy)
         jax.ad_checkpoint.print_saved_residuals(body, x)
         assert ("u16[3,5]" in capsys.readouterr().out) == (name == "kept")
+
+
+def test_programs_are_written_for_the_devices_that_are_there_or_for_those_that_are_named():
+    assert product.platform() == "cpu" and "xla_disable_hlo_passes" in product.compiler_options()
+    with product.written_for("tpu"):
+        assert product.platform() == "tpu" and product.compiler_options() == product.TPU_OPTIONS
+        assert product.fastest_dtype() == "bfloat16"
+        assert product.pack(jnp.ones(1, jnp.bfloat16)).dtype == jnp.bfloat16
+    assert product.platform() == "cpu"
+
+
+def test_options_that_a_compiler_does_not_know_are_left_out():
+    options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion", "xla_of_another_version": "true"}
+    assert product.known(tuple(options.items())) == {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+@pytest.mark.parametrize(("backend", "in_step", "weights", "layers"), [
+    ("cpu", False, "dtype", "unroll"), ("cpu", True, "dtype", "scan"), ("gpu", True, "dtype", "unroll"), ("tpu", True, "dtype", "unroll"),
+    ("tpu", False, "int8", "scan"),
+])  # fmt: skip
+def test_layers_are_unrolled_where_rows_are_written_faster_so(backend, in_step, weights, layers):
+    with product.written_for(backend):
+        assert decode.fastest_layers(in_step, weights) == layers

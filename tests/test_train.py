@@ -16,7 +16,7 @@ import pytest
 from conftest import ACTOR, END, GENERATOR, make_setup
 
 from experiments import plan
-from metatuner_jax import checkpoint, data, files, generator, losses, rollout, sharding, train, transformer
+from metatuner_jax import checkpoint, data, files, generator, losses, product, rollout, sharding, train, transformer
 from metatuner_jax.config import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -147,13 +147,13 @@ def test_the_program_does_not_grow_with_depth(batch):
 
 
 @pytest.mark.parametrize(("platform", "backend"), [("tpu", "tpu"), ("cuda", "gpu")])
-def test_the_step_is_lowered_for_accelerators(batch, monkeypatch, forget_traces, platform, backend):
+def test_the_step_is_lowered_for_accelerators(batch, forget_traces, platform, backend):
     setup = make_setup(train={"prompt_gradient": "straight_through"})
     setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, dtype="bfloat16"))
     for_cpu = lowered(setup, batch).as_text()
     jax.clear_caches()
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    text = lowered(setup, batch, (platform,)).as_text()
+    with product.written_for(backend):
+        text = lowered(setup, batch, (platform,)).as_text()
     assert "ui16" in for_cpu and "bf16" in text and "ui16" not in text  # bfloat16 is moved as its bits on a CPU alone
 
 

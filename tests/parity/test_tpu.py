@@ -1,65 +1,49 @@
-"""The step is compiled for a TPU where there is none: its compiler comes with libtpu (`make tpu`)."""
+"""The step is compiled for TPUs where there are none: their compiler comes with libtpu (`make tpu`)."""
 
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
-from experiments import bench
+from experiments import bench, compiled, plan
 from metatuner_jax import config as config_lib
-from metatuner_jax import generator, sharding, train, transformer
+from metatuner_jax import data, generator, methods, sharding
+
+MODEL, ROWS = bench.SHAPES["smollm2-135m"], 64
+LENGTHS = data.Lengths(bench.QUERY, bench.ACTOR_QUERY, bench.ANSWER)
 
 
-def compiled(model, batch_size, mesh):
-    """Returns the joint step of a model that generates and answers, compiled from shapes for the devices of a mesh."""
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1)], ids=str)
+def test_the_step_compiles_for_tpus_and_fits(shape):
+    topology, mesh = "v5e:2x2", config_lib.MeshConfig(*shape)
+    same = {"model": "SmolLM2-135M"}
     config = config_lib.make(
-        dtype="bfloat16", generator={"max_prompt_tokens": bench.PROMPT}, actor={"max_answer_tokens": bench.ANSWER},
-        train={"batch_size": batch_size},
+        dtype="bfloat16", generator={"max_prompt_tokens": bench.PROMPT, **same}, actor={"max_answer_tokens": bench.ANSWER, **same},
+        train={"batch_size": ROWS},
     )  # fmt: skip
-    setup = generator.Setup(config, model, model, bench.END, (3, 4, 5))
-
-    def make(key):
-        weights, k = transformer.init(model, key, "bfloat16"), setup.num_shared
-        halves = tuple(transformer.cut(weights["layers"], *ends) for ends in ((0, k), (k, model.num_layers)))
-        weights = {**weights, "layers": halves}
-        state = train.init_state(setup, generator.init(setup, weights, key))
-        return state, generator.Frozen(weights, weights, jnp.ones(model.vocab_size, bool))
-
-    def put(spec_of, tree):
-        def one(path, leaf):
-            where = jax.sharding.NamedSharding(mesh, spec_of(sharding.path_text(path), leaf.shape))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-        return jax.tree_util.tree_map_with_path(one, tree)
-
-    state, frozen = put(lambda path, shape: sharding.spec_at(path, shape, mesh), jax.eval_shape(make, jax.random.key(0)))
-    batch = put(lambda *_: jax.sharding.PartitionSpec(sharding.ROWS), bench.make_batch(model.vocab_size, batch_size))
-    key = put(lambda *_: jax.sharding.PartitionSpec(), jax.eval_shape(lambda: jax.random.key(0)))
-    phase = train.phases(setup)[0]
-    step = train.make_train_step(phase.turns[0][0], config.train, phase, phase.turns[0][1])
-    return step.trace(state, frozen, batch, key).lower(lowering_platforms=("tpu",)).compile()
-
-
-@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1)])
-def test_the_step_compiles_for_a_tpu_and_fits(shape, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    mesh = sharding.make_mesh(config_lib.MeshConfig(*shape), topology.devices)
-    model, batch_size = bench.SHAPES["smollm2-135m"], 64
-    program = compiled(model, batch_size, mesh)
-    found = program.memory_analysis()
+    setup = generator.Setup(methods.resolve(config), MODEL, MODEL, bench.END, (3, 4, 5))
+    devices = sharding.make_mesh(mesh, compiled.tpus(topology))
+    program = compiled.lower_step(setup, LENGTHS, devices, "tpu").compile()
+    text, found = program.as_text(), program.memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+    lines = compiled.run_lines(text, setup)
+    cycles = compiled.read_cycles(lines)
     print(f"\ndata, fsdp, tensor = {shape}: {held / 2**30:.2f} GiB a device, of these {found.temp_size_in_bytes / 2**30:.2f} temporary")
+    print(", ".join(f"{part} {count / 1e6:.1f}" for part, count in cycles.items()), "million cycles by the compiler's estimate")
     assert held < 16 * 2**30  # of a v5e chip
+    flops = plan.step_flops(setup, LENGTHS)["all"] / 4
+    assert 0.05 * flops < 131072 * sum(cycles.values()) < 20 * flops  # a v5e multiplies and adds 65,536 pairs a cycle
+    assert all(cycles.values())
+
     gathered = [
-        (np.prod([int(n) for n in dims.split(",")]), name)
-        for arrays, name in re.findall(r'= (.+) all-gather(?:-start)?\(.*op_name="([^"]*)"', program.as_text())
+        (np.prod([int(n) for n in dims.split(",")]), line.sampling)
+        for line in lines
+        for arrays in re.findall(r"= (.+) all-gather(?:-start)?\(", line.text)
         for dims in re.findall(r"\w\[([\d,]+)\]", arrays)
     ]
-    # The rows' LoRA are not brought together; nor, in the loop over layers within that over tokens, are any weights: a token of all rows is.
-    loras = batch_size * model.num_layers * config_lib.Config().hyper.rank * model.width
+    # The rows' LoRA are not brought together; nor, for each token that is sampled, are any weights: a token of all rows is, and what it is scored by.
+    loras = ROWS * MODEL.num_layers * config_lib.Config().hyper.rank * MODEL.width
     assert shape != (4, 1, 1) or max((size for size, _ in gathered), default=0) < loras
-    assert max((size for size, name in gathered if "while/body/while/body" in name), default=0) == (batch_size * model.width if shape == (1, 4, 1) else 0)
+    assert max((size for size, sampling in gathered if sampling), default=0) == (ROWS * MODEL.width if shape == (1, 4, 1) else 0)
+    # A product of many tokens is one product, summed in float32, and not many whose sums are rounded to bfloat16 one after the other.
+    assert "windowed_dot_general" not in text
