@@ -21,6 +21,7 @@ from metatuner_jax import data, generator, networks, product, sharding, train
 
 FEW = 2  # layers of each stack with which collectives are counted; once more with one more in each
 OF_TPU = ("arguments", "temporary", "bytes", "cycles")  # what is known of a step besides, where it is compiled for TPUs
+SCATTERS = "all-reduce-scatter"  # how a TPU's compiler calls what is summed, and of which each device keeps a part
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -205,7 +206,8 @@ def run_lines(text: str, setup) -> list[Line]:
                 for called in group.split(","):
                     walk(called.strip().lstrip("%"), times, sampling, fused)
             for called in re.findall(r"\bcalls=%?([\w.-]+)", line):
-                walk(called, times, sampling, True)
+                if not called.startswith(SCATTERS):
+                    walk(called, times, sampling, True)
 
     walk("ENTRY", 1, False, False)
     return found
@@ -227,8 +229,11 @@ def read_collectives(lines: list[Line], setup) -> dict:
     own = re.compile(r"jit\(_layer\)|vd->|->vd|/gather|scatter-add")  # what is computed in the type of the compute
     found = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
     for line in lines:
-        moved = re.search(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(", line.text)
-        if moved:
+        text = re.sub(rf" fusion\((.*calls=%?{SCATTERS})", r" reduce-scatter(\1", line.text)
+        moved = re.search(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(", text)
+        # What a TPU sends beside several pieces of work stands in each of them: the first is marked by -1.
+        again = "async_collective_fusion_config" in line.text and '"flag_start":"-1"' not in line.text
+        if moved and not again:
             arrays = re.findall(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\]", moved[1])
             arrays = arrays[len(arrays) // 2 :] if moved[3] and moved[2] != "all-reduce" else arrays
             op = re.search(r'op_name="([^"]*)"', line.text)

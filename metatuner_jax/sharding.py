@@ -80,6 +80,19 @@ def place(tree, mesh):
     return jax.tree_util.tree_map_with_path(lambda path, leaf: place_one(path_text(path), leaf, mesh), tree)
 
 
+def placed_in_jit(tree):
+    """Returns what is computed for each leaf of a tree, such as its gradient, where the leaf's rule puts it; as it is where jit was given no mesh.
+
+    A compiler that is free to choose may have the update of a weight done elsewhere than where weight and moments are, and send these there and back.
+    """
+
+    def one(path, leaf):
+        mesh = jax.typeof(leaf).sharding.mesh
+        return _constrain(leaf, mesh, *spec_at(path_text(path), leaf.shape, mesh)) if set(ROWS) <= set(mesh.axis_names) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def place_one(path: str, leaf, mesh):
     """Returns one array, of which each device is given its own part, where the rule of its path puts it."""
     return _put(leaf, NamedSharding(mesh, spec_at(path, np.shape(leaf), mesh)))
@@ -153,10 +166,11 @@ def rows_together(x):
 
 
 def multiplied(multiply, x, kernel, path: str, together=None):
-    """Returns multiply(x), the product of rows [b, t, i] with a kernel [i, o], for which what is less is sent round: rows or kernel.
+    """Returns multiply(x, kernel), the product of rows [b, t, i] with a kernel [i, o], for which what is less is sent round: rows or kernel.
 
     With the kernel in place, each device multiplies the tokens of all rows of its `fsdp` group with its own part of the kernel, and is given its
-    own rows of what all devices made: so it is for each token that is sampled. With many tokens the kernel is brought together.
+    own rows of what all devices made: so it is for each token that is sampled. With many tokens the kernel is brought together. Of its gradient,
+    each device is given the sum of its own part alone.
 
     Args:
       path: that which the kernel's rule goes by.
@@ -166,16 +180,19 @@ def multiplied(multiply, x, kernel, path: str, together=None):
     """
     mesh = _mesh_of_rows(x)
     if mesh is None or mesh.shape["fsdp"] == 1:
-        return multiply(x)
+        return multiply(x, kernel)
     into, out = spec_at(path, kernel.shape, mesh)
+    kernel = _constrain(kernel, mesh, into, out)
     by_rows = lambda x, axes: _constrain(x, mesh, ROWS, None, "tensor" if "tensor" in (axes or ()) else None)
     # Of a token, each device is sent all numbers along an axis that is whole, and of one that is split its own part.
     tokens = x.shape[0] * x.shape[1] // mesh.shape["data"]
     sent = tokens * sum(size // ways(axes, mesh) for size, axes in zip(kernel.shape, (into, out)))
     if sent >= kernel.size // mesh.shape["tensor"] or not any("fsdp" in (axes or ()) for axes in (into, out)):
-        return by_rows(multiply(by_rows(x, into)), out)
+        if kernel.dtype == np.int8:  # it comes together before it is made wider
+            kernel = _constrain(kernel, mesh, *("tensor" if "tensor" in (axes or ()) else None for axes in (into, out)))
+        return by_rows(multiply(by_rows(x, into), kernel), out)
     x = by_rows(x, into) if together is None or into else together
-    return by_rows(_constrain(multiply(_constrain(x, mesh, "data", None, into)), mesh, "data", None, out), out)
+    return by_rows(_constrain(multiply(_constrain(x, mesh, "data", None, into), kernel), mesh, "data", None, out), out)
 
 
 def with_features_in_place(make, x, features: int, into: str | None = None):

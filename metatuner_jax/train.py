@@ -195,6 +195,7 @@ def make_train_step(loss_fn, config: config_lib.TrainConfig, phase: Phase, parts
             return jax.value_and_grad(loss_of, has_aux=True)(learning)
 
         (loss, metrics), grads = in_parts(gradient, batch, config.accumulate)
+        grads = sharding.placed_in_jit(grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))

@@ -69,7 +69,7 @@ class Projection(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
         scale = self.get_variable("params", "scale")
 
-        def multiply(x):
+        def multiply(x, kernel):
             if scale is None:
                 return product.einsum("bti,io->bto", x, kernel.astype(x.dtype))
             return (product.einsum("bti,io->bto", x, kernel, jnp.float32) * scale).astype(x.dtype)

@@ -57,6 +57,19 @@ HloModule step
   ROOT %product = bf16[4] multiply(%p, %p), backend_config={"estimated_cycles":"1000000"}
 }
 
+%all-reduce-scatter.1 (p: bf16[16]) -> bf16[4] {
+  %sums = bf16[16] all-reduce(%p), to_apply=%added
+  ROOT %own = bf16[4] dynamic-slice(%sums, %place), dynamic_slice_sizes={4}
+}
+
+%first_piece (p: bf16[4]) -> bf16[16] {
+  %begun = bf16[16]{0} all-gather(%p), metadata={op_name="jit(_layer)"}, backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+}
+
+%last_piece (p: bf16[4]) -> bf16[16] {
+  %ended = bf16[16]{0} all-gather(%p), metadata={op_name="jit(_layer)"}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"24"}}
+}
+
 %layer (state: (s32[], bf16[8])) -> (s32[], bf16[8]) {
   %weights = bf16[8]{0} all-gather(%part), metadata={op_name="jit(step)/jvp()/while/body/jit(_layer)/up/dot_general"}
   %read = bf16[4] fusion(%weights), kind=kLoop, calls=%inside, metadata={op_name="jit(step)/jvp()/while/body"}, backend_config={"estimated_cycles":"100"}
@@ -81,6 +94,9 @@ HloModule step
 ENTRY %main (arguments: f32[8]) -> f32[8] {
   %sampled = (s32[], pred[2]) while(%tuple), condition=%some_go_on, body=%token
   %forward = (s32[], bf16[8]) while(%tuple), condition=%noted, body=%layer, backend_config={"known_trip_count":{"n":"3"}}
+  %start = bf16[16] fusion(%x), kind=kCustom, calls=%first_piece
+  %done = bf16[16] fusion(%x), kind=kCustom, calls=%last_piece
+  %gradient = bf16[4]{0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(_layer)"}
   %back = bf16[4] fusion(%x), kind=kOutput, calls=%inside, metadata={op_name="jit(step)/transpose(jvp())/dot_general"}, backend_config={"estimated_cycles":"5000"}
   %norm = f32[]{:T(128)} all-reduce(%squares), to_apply=%added, backend_config={"estimated_cycles":"7"}
 }
@@ -96,7 +112,8 @@ def test_loops_of_a_compiled_program_count_as_often_as_they_are_gone_through():
     lines = compiled_lib.run_lines(PROGRAM, setup)
     assert compiled_lib.read_cycles(lines) == {"sampling": 15 * (7 * 100 + 10 + 1), "forward": 3 * 100, "backward": 5000, "update and the rest": 7}
     found = compiled_lib.read_collectives(lines, setup)
-    assert found["all-gather"] == {"count": 15 * 7 + 3, "bytes": (15 * 7 + 3) * 8 * 2} and found["all-reduce"] == {"count": 1, "bytes": 4}
+    assert found["all-gather"] == {"count": 15 * 7 + 3 + 1, "bytes": (15 * 7 + 3) * 8 * 2 + 16 * 2}
+    assert found["all-reduce"] == {"count": 1, "bytes": 4} and found["reduce-scatter"] == {"count": 1, "bytes": 4 * 2}
 
 
 # --- against the compiler, for eight devices ---
