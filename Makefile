@@ -28,7 +28,7 @@ parity: $(VENV)/.installed-test
 tpu:
 	$(MAKE) VENV=.venv-tpu .venv-tpu/.installed-test
 	.venv-tpu/bin/python -m pip install --quiet 'jax[tpu]'
-	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n 0 -s tests/parity/test_tpu.py
+	TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n 0 -s tests/parity/test_tpu.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,8 @@ FEW = 2  # layers of each stack with which collectives are counted; once more wi
 OF_TPU = ("arguments", "temporary", "bytes", "cycles")  # what is known of a step besides, where it is compiled for TPUs
 SCATTERS = "all-reduce-scatter"  # how a TPU's compiler calls what is summed, and of which each device keeps a part
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-
 # What is known of a kind of TPU beside its compiler, as its maker states it for a device of jax: GiB of memory, and GHz where it is stated.
-TPUS = {"TPU v4": (16, None), "TPU v5 lite": (16, 1.5), "TPU v5": (95, 1.75), "TPU v6 lite": (32, None), "TPU7x": (96, None)}
+TPUS = {"TPU v4": (32, None), "TPU v5 lite": (16, 1.5), "TPU v5": (95, 1.75), "TPU v6 lite": (32, None), "TPU7x": (96, None)}
 
 
 def look_up(topology: str) -> dict:
@@ -99,6 +98,11 @@ def in_child(jobs, topology: str | None = None) -> list[dict]:
 
 
 def child(jobs, devices: int = 1) -> list[dict]:
+    """Returns what `main` says of jobs, in a process of its own with so many pretended CPU devices.
+
+    Raises:
+      RuntimeError: what is wrong, in one line.
+    """
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a program out of it says nothing of its collectives
@@ -107,8 +111,11 @@ def child(jobs, devices: int = 1) -> list[dict]:
         cwd=pathlib.Path(__file__).parent.parent,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"the step could not be compiled: {done.stderr.decode(errors='replace').strip()[-2000:]}")
-    return json.loads(done.stdout.decode().strip().splitlines()[-1])
+        raise RuntimeError(f"the compiler's process died: {' '.join(done.stderr.decode(errors='replace').split())[-300:]}")
+    found = json.loads(done.stdout.decode().strip().splitlines()[-1])
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
 
 
 def as_json(setup, lengths, mesh) -> dict:
@@ -140,19 +147,25 @@ def compile_step(setup, lengths, mesh: config_lib.MeshConfig, topology: str | No
     lowered = lower_step(setup, lengths, real, "tpu" if topology else None)
     traced = time.perf_counter()
     program = lowered.compile()
-    took, sizes, text = time.perf_counter() - traced, program.memory_analysis(), program.as_text()
-    ends = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    lines = run_lines(text, setup)
+    took, lines = time.perf_counter() - traced, run_lines(program.as_text(), setup)
     return {
-        "by_kind": read_collectives(lines, setup), "arguments": sizes.argument_size_in_bytes, "temporary": sizes.temp_size_in_bytes,
-        "bytes": ends + sizes.temp_size_in_bytes, "cycles": read_cycles(lines) if topology else {}, "lower_s": traced - began, "compile_s": took,
+        "by_kind": read_collectives(lines, setup), **memory_of(program), "cycles": read_cycles(lines) if topology else {},
+        "lower_s": traced - began, "compile_s": took,
     }  # fmt: skip
+
+
+def memory_of(program) -> dict[str, int]:
+    """Returns the bytes of a device that a compiled program takes: "arguments", "temporary", and "bytes" in all."""
+    sizes = program.memory_analysis()
+    ends = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return {"arguments": sizes.argument_size_in_bytes, "temporary": sizes.temp_size_in_bytes, "bytes": ends + sizes.temp_size_in_bytes}
 
 
 def tpus(topology: str):
     """Returns the devices of a topology, none of which need be there."""
-    single = re.fullmatch(r"\w+:1(x1)*", topology)  # one chip is less than a host has, unless that is said
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **({"chips_per_host_bounds": (1, 1, 1)} if single else {})).devices
+    said: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1(x1)*", topology) else {}  # fewer than a host has otherwise
+    said |= {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # both cores of a chip are one device, as jax has them
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **said).devices
 
 
 def lower_step(setup, lengths, mesh, platform: str | None = None):
@@ -197,7 +210,7 @@ def run_lines(text: str, setup) -> list[Line]:
             if loop:
                 turns = _turns(line, bodies[loop[1]])
                 # No other loop of a step has a number of turns that is not known: sampling ends with the prompts.
-                often = times * (turns or max(setup.config.generator.max_prompt_tokens - 1, 1))
+                often = times * (max(setup.config.generator.max_prompt_tokens - 1, 1) if turns is None else turns)
                 for part in loop.groups():
                     walk(part, often, sampling or turns is None, fused)
             for called in re.findall(r"(?:to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
@@ -274,16 +287,19 @@ def batch_shapes(setup, lengths):
     return batch
 
 
-def main(jobs) -> list[dict]:
-    """Returns what `compile_step` finds of steps as JSON holds them, and what `look_up` does of names of topologies."""
+def main(jobs) -> list[dict] | str:
+    """Returns what `compile_step` finds of steps as JSON holds them, and what `look_up` does of names of topologies; or what is wrong, in one line."""
     found = []
-    for job in jobs:
-        if isinstance(job, str):
-            devices = tpus(job)
-            found.append({"devices": len(devices), "kind": devices[0].device_kind})
-        else:
-            setup, lengths, mesh = from_json(job)
-            found.append(compile_step(setup, lengths, mesh, job["topology"]))
+    try:
+        for job in jobs:
+            if isinstance(job, str):
+                devices = tpus(job)
+                found.append({"devices": len(devices), "kind": devices[0].device_kind})
+            else:
+                setup, lengths, mesh = from_json(job)
+                found.append(compile_step(setup, lengths, mesh, job["topology"]))
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return found
 
 

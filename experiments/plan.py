@@ -14,7 +14,6 @@ import itertools
 import math
 import os
 import pathlib
-import re
 import sys
 
 import jax
@@ -24,6 +23,7 @@ from experiments import run as run_lib
 from metatuner_jax import config as config_lib
 from metatuner_jax import data, decode, files, generator, methods, networks, pretrained, product, sharding, transformer
 from metatuner_jax import job as job_lib
+from metatuner_jax import memory as memory_lib
 from metatuner_jax.config import ModelConfig, projection_widths
 
 GIB = 2**30
@@ -48,8 +48,8 @@ class Mesh:
         return self.data * self.fsdp * self.tensor
 
 
-def mesh_of(config: config_lib.MeshConfig, devices: int) -> Mesh:
-    """Returns the mesh of so many devices, as `sharding.make_mesh` makes it.
+def mesh_of(config: config_lib.MeshConfig, devices: int, topology: str | None = None) -> Mesh:
+    """Returns the mesh of so many devices, as `sharding.make_mesh` makes it; `topology`: what says how many there are.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices.
@@ -58,7 +58,8 @@ def mesh_of(config: config_lib.MeshConfig, devices: int) -> Mesh:
     found = Mesh(config.data or max(devices // rest, 1), config.fsdp, config.tensor)
     if found.size != devices:
         raise ValueError(
-            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} make {found.size} devices and --devices={devices}: "
+            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} make {found.size} devices and "
+            f"{f'--topology={topology} has {devices}' if topology else f'--devices={devices}'}: "
             "their product must be the number of devices (mesh.data=none takes what is left)"
         )
     return found
@@ -80,22 +81,33 @@ def main(argv) -> int:
     memory = _number(options, "--memory", float)
     config = run_lib.load_config(path, assignments)
     topology = options.get("--topology")
+    if topology == "":
+        raise run_lib.Mistake("--topology= needs a kind of TPU and its shape, such as v5e:4x4")
+    if topology:
+        jax.config.update("jax_platforms", "cpu")  # no device is needed, and TPUs that are there may be at work
     tpus = tpus_of(topology, devices, memory) if topology else None
     devices = tpus["devices"] if tpus else devices or jax.device_count()
     memory = (memory or (tpus["memory"] if tpus else device_memory() / GIB)) * GIB
     with product.written_for("tpu" if tpus else product.platform()):
-        mesh = mesh_of(config.mesh, devices)
+        mesh = mesh_of(config.mesh, devices, topology)
         setup, lengths, known = setup_of(config, mesh)
         plan = make_plan(setup, lengths, mesh)
         plan["lengths"]["from"] = "the rows" if known else "the config's limits, as there is no tokenizer"
         try:
             found = compiled.of_step(setup, lengths, mesh, topology)
         except RuntimeError as error:  # the rest stands without it
-            found = {"by_kind": {}, "failed": " ".join(str(error).split())}
+            found = {"by_kind": {}, "failed": str(error)}
         plan["tpu"] = {**tpus, "topology": topology, **{name: found.pop(name) for name in compiled.OF_TPU if name in found}} if tpus else None
         plan["collectives"] = found
-        plan["memory"] |= {"limit": int(memory), "fits": plan["memory"]["peak"] <= memory}
-        refusal = None if plan["memory"]["fits"] else refuse(setup, lengths, mesh, plan, memory)
+        too_much = "RESOURCE_EXHAUSTED" in found.get("failed", "") or (plan["tpu"] or {}).get("bytes", 0) > memory
+        plan["memory"] |= {"limit": int(memory), "fits": plan["memory"]["peak"] <= memory and not too_much}
+        refusal = None
+        if plan["memory"]["peak"] > memory:
+            refusal = refuse(setup, lengths, mesh, plan, memory)
+        elif too_much:
+            takes = f"{plan['tpu']['bytes'] / GIB:.2f} GiB" if "bytes" in plan["tpu"] else "more than there is"
+            help = ", ".join(memory_lib.options(config, "steps", sharding.row_parts(mesh)))
+            refusal = f"the step takes {takes} of each device's {memory / GIB:.2f} GiB, by the compiler of {topology}: {help}"
     plan["refusal"] = refusal
     print(table(plan))
     if "--json" in options:
@@ -126,10 +138,12 @@ def tpus_of(topology: str, devices: int | None, memory: float | None) -> dict:
     try:
         found = compiled.look_up(topology)
     except RuntimeError as error:
-        if "not installed" in str(error):
+        text = str(error)
+        if "not installed" in text:
             raise run_lib.Mistake(f"--topology={topology} needs the compiler of TPUs, which comes with `pip install -e .[tpu]`") from None
-        why = re.sub(r"^[\w.]*Error: ([A-Z_]+: )?", "", str(error).splitlines()[-1])
-        raise run_lib.Mistake(f"--topology={topology} is not one of TPUs, such as v5e:4x4 or v5p:2x2x2: {why}") from None
+        if "INVALID_ARGUMENT" in text:
+            raise run_lib.Mistake(f"--topology={topology} is not one of TPUs, such as v5e:4x4 or v5p:2x2x2: {text.split('INVALID_ARGUMENT: ')[-1]}") from None
+        raise run_lib.Mistake(f"--topology={topology} cannot be looked up: {text}") from None
     if devices not in (None, found["devices"]):
         raise run_lib.Mistake(f"--topology={topology} has {found['devices']} devices and --devices={devices}: leave --devices out")
     gib, ghz = compiled.TPUS.get(found["kind"], (memory, None))
@@ -329,7 +343,7 @@ def step_memory(setup, lengths, mesh) -> dict[str, int]:
 
 
 def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
-    state, frozen = _shapes_of(_Key(setup))
+    state, _ = _shapes_of(_Key(setup))
     config, method, k = setup.config, setup.method, setup.num_shared
     itemsize, remat = setup.dtype.itemsize, config.train.remat
     rows = -(-config.train.batch_size // (config.train.accumulate * sharding.row_parts(mesh)))
@@ -380,7 +394,7 @@ def _turn_memory(setup, lengths, mesh, terms) -> dict[str, int]:
         sampling["KV cache of sampling"] = rows * layers * (ours.cache(query + prompt) + ours.cache(query))
         sampling["scores of words"] = rows * ours.words * 3 * 4
         if decode.fastest_layers(True, config.weights) == "unroll":
-            sampling["layers one by one"] = layers_of(frozen.generator, mesh, found.get("generator in the type of the compute", 0))
+            sampling["layers one by one"] = generator_layers(setup, mesh)
     return max((found, at_update, sampling), key=lambda parts: sum(parts.values()))
 
 
@@ -411,13 +425,13 @@ def answer_memory(setup, lengths, mesh, evaluates: bool) -> dict[str, int]:
     if method.prompt != "initial":
         rows = per_device(copies)
         writing["generator in the type of the compute"] = cast
-        writing["layers one by one"] = layers_of(frozen.generator, mesh, cast) if unrolls else 0
+        writing["layers one by one"] = generator_layers(setup, mesh) if unrolls else 0
         writing["KV cache of the prompts"] = rows * setup.generator.num_layers * (ours.cache(query + prompt) + ours.cache(query))
         writing["scores of words"] = rows * ours.words * 3 * 4
         writing["at work in a layer"] = -(-rows // copies) * ours.at_work(query, query)
     rows, read = per_device(1), len(setup.prefix) + prompt + lengths.query
     some = -(-config.eval.batch_size // (4 * parts))
-    answering["layers one by one"] = layers_of(frozen.actor, mesh) if unrolls and answer > 1 else 0
+    answering["layers one by one"] = bytes_of(frozen.actor["layers"], mesh) if unrolls and answer > 1 else 0
     answering["KV cache of the answers"] = (rows + 2 * some) * setup.actor.num_layers * theirs.cache(read + answer)
     if method.adapter == "generated":
         answering["LoRA of the rows"] = (rows + some) * lora_bytes(setup) + rows * lora_bytes(setup) * itemsize // MASTER
@@ -432,9 +446,12 @@ def answer_memory(setup, lengths, mesh, evaluates: bool) -> dict[str, int]:
     return max((writing, answering), key=lambda parts: sum(parts.values()))
 
 
-def layers_of(params, mesh, cast: int = 0) -> int:
-    """Returns the bytes of a model's layers on a device, once more where each is taken out of its stack; of one that learns in full, `cast`."""
-    return cast if params is None else bytes_of(params["layers"], mesh)
+def generator_layers(setup, mesh) -> int:
+    """Returns the bytes of the generator's layers in the type of the compute, on a device: what it takes to have each of them by itself."""
+    state, frozen = _shapes_of(_Key(setup))
+    if frozen.generator is not None:
+        return bytes_of(frozen.generator["layers"], mesh)
+    return bytes_of({"shared": state.params["shared"], "prompt": state.params["prompt"]["layers"]}, mesh) * setup.dtype.itemsize // MASTER
 
 
 def mean_bytes(setup, parts: int) -> int:
@@ -624,7 +641,9 @@ def _compiled(plan) -> list[str]:
         lines += [f"  {name:<50}{tpu[key] / GIB:>12.3f}" for name, key in (("arguments", "arguments"), ("temporary", "temporary"), ("all", "bytes"))]
         lines += ["", f"{'work of a device in the step, by the estimate of the':<52}" + f"{'10^6':>12}", f"{'compiler of a ' + tpu['kind']:<52}{'cycles':>12}" + f"{'ms':>12}" * bool(tpu["ghz"])]
         lines += [f"  {name:<50}{times(count)}" for name, count in cycles.items()]
-        if tpu["ghz"]:
+        if plan["method"] == "metatuner_i":
+            lines.append("  of the task term, in whose turn the prompt term rests")
+        elif tpu["ghz"]:
             rate = plan["flops"]["all"] / plan["devices"] / cycles["all"] * tpu["ghz"] / 1e3
             lines.append(f"  {rate:.0f} TFLOP/s, were nothing waited for that is sent or fetched")
     if "failed" in moved:

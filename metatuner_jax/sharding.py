@@ -6,6 +6,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metatuner_jax.config import MeshConfig
@@ -49,8 +50,11 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
             f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} need {data * rest} devices and there are "
             f"{count}: their product must be the number of devices (mesh.data=none takes what is left)"
         )
-    types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), axis_types=types, devices=devices)
+    shape, names, types = (data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+    except NotImplementedError:  # of some TPUs, jax splits a side of their torus only where it is told to
+        return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), names, axis_types=types)
 
 
 def spec_at(path: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
@@ -182,17 +186,25 @@ def multiplied(multiply, x, kernel, path: str, together=None):
     if mesh is None or mesh.shape["fsdp"] == 1:
         return multiply(x, kernel)
     into, out = spec_at(path, kernel.shape, mesh)
-    kernel = _constrain(kernel, mesh, into, out)
+    if kernel.dtype != np.int8:  # which has none
+        kernel = _with_gradient_at(kernel, NamedSharding(mesh, PartitionSpec(into, out)))
     by_rows = lambda x, axes: _constrain(x, mesh, ROWS, None, "tensor" if "tensor" in (axes or ()) else None)
     # Of a token, each device is sent all numbers along an axis that is whole, and of one that is split its own part.
     tokens = x.shape[0] * x.shape[1] // mesh.shape["data"]
     sent = tokens * sum(size // ways(axes, mesh) for size, axes in zip(kernel.shape, (into, out)))
     if sent >= kernel.size // mesh.shape["tensor"] or not any("fsdp" in (axes or ()) for axes in (into, out)):
-        if kernel.dtype == np.int8:  # it comes together before it is made wider
-            kernel = _constrain(kernel, mesh, *("tensor" if "tensor" in (axes or ()) else None for axes in (into, out)))
         return by_rows(multiply(by_rows(x, into), kernel), out)
     x = by_rows(x, into) if together is None or into else together
     return by_rows(_constrain(multiply(_constrain(x, mesh, "data", None, into), kernel), mesh, "data", None, out), out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _with_gradient_at(x, where):
+    """Returns x, whose gradient is placed as said. Were x placed so itself, a scan would keep a copy of what it then is for its backward pass."""
+    return x
+
+
+_with_gradient_at.defvjp(lambda x, where: (x, None), lambda where, _, gradient: (jax.lax.with_sharding_constraint(gradient, where),))
 
 
 def with_features_in_place(make, x, features: int, into: str | None = None):

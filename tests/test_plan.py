@@ -344,7 +344,7 @@ def test_a_plan_needs_no_weights_and_writes_only_what_it_is_asked_to(folder, tmp
 
 def test_a_step_that_cannot_be_compiled_leaves_the_rest_of_the_plan(folder, capsys, monkeypatch):
     def fail(jobs, topology=None):
-        raise RuntimeError("out of\nmemory")
+        raise RuntimeError("out of memory")
 
     monkeypatch.setattr(compiled_lib, "in_child", fail)
     assert start(folder, "--devices=2", "--memory=1") == 0
@@ -358,7 +358,7 @@ def answer(monkeypatch, found):
     def child(jobs, devices=1):
         if isinstance(found, Exception):
             raise found
-        return [{"devices": 2, "kind": found[0]}] if isinstance(jobs[0], str) else found[1]
+        return [{"devices": 4, "kind": found[0]}] if isinstance(jobs[0], str) else found[1]
 
     monkeypatch.setattr(compiled_lib, "child", child)
 
@@ -368,24 +368,39 @@ def test_the_compiler_of_tpus_says_memory_and_work(folder, tmp_path, capsys, mon
     cycles = {"sampling": 3_000_000, "forward": 6_000_000, "backward": 9_000_000, "update and the rest": 0}
     step = {"arguments": 2**30, "temporary": 2**31, "bytes": 3 * 2**30, "cycles": cycles, "by_kind": sent, "lower_s": 1.0, "compile_s": 2.0}
     answer(monkeypatch, ("TPU v5 lite", [step]))
-    assert start(folder, "--topology=v5e:1x2", f"--json={tmp_path}/plan.json") == 0
+    assert start(folder, "--topology=v5e:2x2", f"--json={tmp_path}/plan.json") == 0
     text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     lines = {" ".join(line.split()) for line in text.splitlines()}
-    assert {"on 2 devices: data=2, fsdp=1, tensor=1"} <= {line.split("metatuner_j, float32, ")[-1] for line in lines}
+    assert {"on 4 devices: data=4, fsdp=1, tensor=1"} <= {line.split("metatuner_j, float32, ")[-1] for line in lines}
     assert {"sampling 3.0 2.0", "forward 6.0 4.0", "all 18.0 12.0", "temporary 2.000", "all-reduce 3 3.0"} <= lines  # 1.5 GHz
-    assert found["memory"]["limit"] == 16 * 2**30 and found["tpu"]["cycles"] == cycles and found["tpu"]["topology"] == "v5e:1x2"
+    assert found["memory"]["fits"] and found["memory"]["limit"] == 16 * 2**30 and found["tpu"]["cycles"] == cycles and found["tpu"]["topology"] == "v5e:2x2"
     assert found["collectives"]["by_kind"] == {"all-reduce": {"count": 3, "bytes": 3 * 2**20}}
 
 
+@pytest.mark.parametrize("too_much", [17 * 2**30, "JaxRuntimeError: RESOURCE_EXHAUSTED: 17G of 15.75G hbm"], ids=["compiled", "not compiled"])
+def test_what_does_not_fit_by_the_compiler_is_refused(folder, capsys, monkeypatch, too_much):
+    sent = {kind: {"count": 0, "bytes": 0} for kind in compiled_lib.KINDS}
+    step = {"arguments": 0, "temporary": 0, "bytes": too_much, "cycles": {"forward": 1}, "by_kind": sent, "lower_s": 1.0, "compile_s": 2.0}
+    answer(monkeypatch, ("TPU v5 lite", [step]))
+    if isinstance(too_much, str):
+        monkeypatch.setattr(compiled_lib, "of_step", lambda *args: (_ for _ in ()).throw(RuntimeError(too_much)))
+    assert start(folder, "--topology=v5e:2x2") == 1
+    line = capsys.readouterr().err.strip()
+    takes = "more than there is" if isinstance(too_much, str) else "17.00 GiB"
+    assert f"the step takes {takes} of each device's 16.00 GiB, by the compiler of v5e:2x2: set train.remat=all" in line
+
+
 @pytest.mark.parametrize(("found", "arguments", "message"), [
-    (RuntimeError("...\nRuntimeError: JAX TPU support not installed; cannot"), (), "--topology=v5e:1x2 needs the compiler of TPUs, which comes with"),
-    (RuntimeError("...\njax.errors.JaxRuntimeError: INVALID_ARGUMENT: Invalid name: v9"), (), "is not one of TPUs, such as v5e:4x4 or v5p:2x2x2: Invalid name: v9"),
-    (("TPU v5 lite", []), ("--devices=4",), "--topology=v5e:1x2 has 2 devices and --devices=4: leave --devices out"),
-    (("TPU v99", []), (), "--topology=v5e:1x2 is of TPU v99, of which no memory is known: say it with --memory"),
-], ids=["no compiler", "no such", "other number", "no memory"])  # fmt: skip
+    (RuntimeError("RuntimeError: JAX TPU support not installed; cannot"), (), "--topology=v5e:2x2 needs the compiler of TPUs, which comes with"),
+    (RuntimeError("JaxRuntimeError: INVALID_ARGUMENT: Invalid name: v9"), (), "is not one of TPUs, such as v5e:4x4 or v5p:2x2x2: Invalid name: v9"),
+    (RuntimeError("the compiler's process died: no memory"), (), "--topology=v5e:2x2 cannot be looked up: the compiler's process died: no memory"),
+    (("TPU v5 lite", []), ("--config.mesh.fsdp=3",), "make 3 devices and --topology=v5e:2x2 has 4"),
+    (("TPU v5 lite", []), ("--devices=8",), "--topology=v5e:2x2 has 4 devices and --devices=8: leave --devices out"),
+    (("TPU v99", []), (), "--topology=v5e:2x2 is of TPU v99, of which no memory is known: say it with --memory"),
+], ids=["no compiler", "no such", "dead", "mesh", "other number", "no memory"])  # fmt: skip
 def test_topologies_that_cannot_be_planned_for_are_one_line(folder, capsys, monkeypatch, found, arguments, message):
     answer(monkeypatch, found)
-    assert start(folder, "--topology=v5e:1x2", *arguments) == 2
+    assert start(folder, "--topology=v5e:2x2", *arguments) == 2
     line = capsys.readouterr().err.strip()
     assert message in line and "\n" not in line
 

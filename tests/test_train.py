@@ -110,7 +110,8 @@ def test_a_batch_in_parts_is_learnt_from_as_one(method, gradient, networks, batc
     for name in (name for name in metrics if name.endswith("loss") or name in ("grad_norm", "initial_share", "margin")):
         assert metrics[name] == pytest.approx(of_whole[name], rel=1e-4, abs=1e-7), name
     for here, there in zip(jax.tree.leaves(moments), jax.tree.leaves(whole)):  # after a step from zero, the gradients
-        np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-5 * np.abs(there).max())
+        # As a whole: where large terms cancel, what is left of a single number depends on how a machine's products sum them.
+        assert np.linalg.norm(here - there) <= 1e-4 * np.linalg.norm(there)
 
 
 @pytest.mark.parametrize(("decay", "final_rate", "rates"), [
@@ -308,6 +309,47 @@ def test_every_array_of_the_state_has_a_sharding_rule_and_an_unknown_one_is_an_e
 ])  # fmt: skip
 def test_weights_are_split_along_one_axis_where_the_mesh_divides_it(path, shape, spec):
     assert tuple(sharding.spec_at(path, shape, plan.Mesh(1, 4, 2))) == spec
+
+
+def constraints(jaxpr):
+    """Returns the (shape, spec) of all that a program places, and the shapes of what its scans stack."""
+    placed, stacked = [], []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "sharding_constraint":
+            placed.append((eqn.outvars[0].aval.shape, eqn.params["sharding"].spec))
+        if eqn.primitive.name == "scan":
+            stacked += [out.aval.shape[1:] for out in eqn.outvars[eqn.params["num_carry"] :]]
+            inner = constraints(eqn.params["jaxpr"].jaxpr)
+            placed, stacked = placed + inner[0], stacked + inner[1]
+    return placed, stacked
+
+
+def test_gradients_are_placed_as_their_weights_are_and_no_scan_copies_these():
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    shape = lambda size, spec: jax.ShapeDtypeStruct(size, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
+    whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, ("tensor", "fsdp"))
+    of_stack = jax.sharding.PartitionSpec(None, *split)
+    rows, stack = shape((8, 64, 16), jax.sharding.PartitionSpec(("data", "fsdp"))), shape((3, 16, 24), of_stack)
+
+    def loss(stack, x):
+        """Of layers without remat: [8, 64, 16] by [16, 24], which is more than the kernel to send."""
+        multiply = lambda x, kernel: product.einsum("bti,io->bto", x, kernel)
+        return jnp.sum(jax.lax.scan(lambda x, kernel: (sharding.multiplied(multiply, x, kernel, "up/kernel")[..., :16], None), x, stack)[0])
+
+    placed, stacked = constraints(jax.jit(jax.grad(loss)).trace(stack, rows).jaxpr.jaxpr)
+    assert ((16, 24), split) in placed and (8, 64, 16) in stacked
+    assert stacked.count((16, 24)) == 1  # the gradient: the kernels themselves are there already
+    placed, _ = constraints(jax.jit(sharding.placed_in_jit).trace({"shared": {"up": {"kernel": shape((3, 16, 24), whole)}}}).jaxpr.jaxpr)
+    assert placed == [((3, 16, 24), of_stack)]
+
+
+def test_a_mesh_that_splits_a_side_of_a_torus_is_made(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1 of size 8")
+
+    whole = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    assert sharding.make_mesh(MeshConfig(), jax.devices()[:1]) == whole
 
 
 def test_a_mesh_that_does_not_match_the_devices_is_refused():
