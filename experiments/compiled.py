@@ -111,10 +111,11 @@ def child(jobs, devices: int = 1) -> list[dict]:
         cwd=pathlib.Path(__file__).parent.parent,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"the compiler's process died: {' '.join(done.stderr.decode(errors='replace').split())[-300:]}")
-    found = json.loads(done.stdout.decode().strip().splitlines()[-1])
+        found = f"the compiler's process died: {done.stderr.decode(errors='replace').strip()[-300:]}"
+    else:
+        found = json.loads(done.stdout.decode().strip().splitlines()[-1])
     if isinstance(found, str):
-        raise RuntimeError(found)
+        raise RuntimeError(" ".join(found.split())[:400])
     return found
 
 
@@ -288,7 +289,7 @@ def batch_shapes(setup, lengths):
 
 
 def main(jobs) -> list[dict] | str:
-    """Returns what `compile_step` finds of steps as JSON holds them, and what `look_up` does of names of topologies; or what is wrong, in one line."""
+    """Returns what `compile_step` finds of steps as JSON holds them, and what `look_up` does of names of topologies; or what is wrong."""
     found = []
     try:
         for job in jobs:
@@ -299,7 +300,7 @@ def main(jobs) -> list[dict] | str:
                 setup, lengths, mesh = from_json(job)
                 found.append(compile_step(setup, lengths, mesh, job["topology"]))
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{type(error).__name__}: {error}"
     return found
 
 

@@ -80,12 +80,8 @@ def main(argv) -> int:
     devices = _number(options, "--devices", int)
     memory = _number(options, "--memory", float)
     config = run_lib.load_config(path, assignments)
-    topology = options.get("--topology")
-    if topology == "":
-        raise run_lib.Mistake("--topology= needs a kind of TPU and its shape, such as v5e:4x4")
-    if topology:
-        jax.config.update("jax_platforms", "cpu")  # no device is needed, and TPUs that are there may be at work
-    tpus = tpus_of(topology, devices, memory) if topology else None
+    tpus = tpus_of(options["--topology"], devices, memory) if "--topology" in options else None
+    topology = tpus["topology"] if tpus else None
     devices = tpus["devices"] if tpus else devices or jax.device_count()
     memory = (memory or (tpus["memory"] if tpus else device_memory() / GIB)) * GIB
     with product.written_for("tpu" if tpus else product.platform()):
@@ -97,17 +93,11 @@ def main(argv) -> int:
             found = compiled.of_step(setup, lengths, mesh, topology)
         except RuntimeError as error:  # the rest stands without it
             found = {"by_kind": {}, "failed": str(error)}
-        plan["tpu"] = {**tpus, "topology": topology, **{name: found.pop(name) for name in compiled.OF_TPU if name in found}} if tpus else None
+        plan["tpu"] = {**tpus, **{name: found.pop(name) for name in compiled.OF_TPU if name in found}} if tpus else None
         plan["collectives"] = found
-        too_much = "RESOURCE_EXHAUSTED" in found.get("failed", "") or (plan["tpu"] or {}).get("bytes", 0) > memory
-        plan["memory"] |= {"limit": int(memory), "fits": plan["memory"]["peak"] <= memory and not too_much}
-        refusal = None
-        if plan["memory"]["peak"] > memory:
-            refusal = refuse(setup, lengths, mesh, plan, memory)
-        elif too_much:
-            takes = f"{plan['tpu']['bytes'] / GIB:.2f} GiB" if "bytes" in plan["tpu"] else "more than there is"
-            help = ", ".join(memory_lib.options(config, "steps", sharding.row_parts(mesh)))
-            refusal = f"the step takes {takes} of each device's {memory / GIB:.2f} GiB, by the compiler of {topology}: {help}"
+        too_much = plan["memory"]["peak"] > memory
+        refusal = refuse(setup, lengths, mesh, plan, memory) if too_much else refuse_compiled(config, mesh, plan, memory)
+    plan["memory"] |= {"limit": int(memory), "fits": refusal is None}
     plan["refusal"] = refusal
     print(table(plan))
     if "--json" in options:
@@ -130,11 +120,14 @@ def _number(options, name, kind):
 
 
 def tpus_of(topology: str, devices: int | None, memory: float | None) -> dict:
-    """Returns {"devices", "kind", "memory", "ghz"} of a topology of TPUs: how many, what they are, the GiB of each and its clock, None if not known.
+    """Returns {"topology", "devices", "kind", "memory", "ghz"} of TPUs: how many, what they are, the GiB of each and its clock, None if not known.
 
     Raises:
       run.Mistake: there is no such topology, no compiler for it, or it has not as many devices as are asked for.
     """
+    if not topology:
+        raise run_lib.Mistake("--topology= needs a kind of TPU and its shape, such as v5e:4x4")
+    jax.config.update("jax_platforms", "cpu")  # no device is needed, and TPUs that are there may be at work
     try:
         found = compiled.look_up(topology)
     except RuntimeError as error:
@@ -149,7 +142,7 @@ def tpus_of(topology: str, devices: int | None, memory: float | None) -> dict:
     gib, ghz = compiled.TPUS.get(found["kind"], (memory, None))
     if gib is None:
         raise run_lib.Mistake(f"--topology={topology} is of {found['kind']}, of which no memory is known: say it with --memory")
-    return {**found, "memory": gib, "ghz": ghz}
+    return {"topology": topology, **found, "memory": gib, "ghz": ghz}
 
 
 def device_memory() -> float:
@@ -590,6 +583,16 @@ def refuse(setup, lengths, mesh, plan, memory_limit: float) -> str:
         peak, name, setup, mesh = best
         taken = [*(one for one in taken if one.split("=")[0] not in {new.split("=")[0] for new in name.split()}), *name.split()]
     return text + f"{' '.join(f'--config.{one}' for one in taken)} brings it to {gib(peak)}"
+
+
+def refuse_compiled(config, mesh, plan, memory_limit: float) -> str | None:
+    """Returns one line where the step does not fit by the compiler, though it would by analysis: which settings need less. None where it fits."""
+    tpu = plan["tpu"] or {}
+    if "RESOURCE_EXHAUSTED" not in plan["collectives"].get("failed", "") and tpu.get("bytes", 0) <= memory_limit:
+        return None
+    takes = f"{tpu['bytes'] / GIB:.2f} GiB" if "bytes" in tpu else "more than there is"
+    help = ", ".join(memory_lib.options(config, "steps", sharding.row_parts(mesh)))
+    return f"the step takes {takes} of each device's {memory_limit / GIB:.2f} GiB, by the compiler of {tpu['topology']}: {help}"
 
 
 # --- the table ---

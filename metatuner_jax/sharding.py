@@ -91,8 +91,8 @@ def placed_in_jit(tree):
     """
 
     def one(path, leaf):
-        mesh = jax.typeof(leaf).sharding.mesh
-        return _constrain(leaf, mesh, *spec_at(path_text(path), leaf.shape, mesh)) if set(ROWS) <= set(mesh.axis_names) else leaf
+        mesh = _mesh_of(leaf)
+        return leaf if mesh is None else _constrain(leaf, mesh, *spec_at(path_text(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -265,9 +265,14 @@ def _mesh_of_words(x, words):
 
 def _mesh_of_rows(x, axis: int = 0):
     """Returns the mesh that jit was given an array on, None where none is or where it does not split the array's rows, along an axis, evenly."""
+    mesh = _mesh_of(x)
+    return mesh if mesh is not None and row_parts(mesh) > 1 and x.shape[axis] % row_parts(mesh) == 0 else None
+
+
+def _mesh_of(x):
+    """Returns the mesh that jit was given an array on, None where none is."""
     mesh = jax.typeof(x).sharding.mesh
-    splits = set(ROWS) <= set(mesh.axis_names) and row_parts(mesh) > 1 and x.shape[axis] % row_parts(mesh) == 0
-    return mesh if splits else None
+    return mesh if set(ROWS) <= set(mesh.axis_names) else None
 
 
 def _constrain(x, mesh, *spec):
