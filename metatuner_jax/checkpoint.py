@@ -12,6 +12,7 @@ import pathlib
 import re
 import sys
 import threading
+import warnings
 
 import jax
 import numpy as np
@@ -174,6 +175,19 @@ def _reason(error: Exception) -> str:
     return os.strerror(int(number[1])) if number else str(error)
 
 
+def _hushed(plain):
+    """Returns `sys.unraisablehook` without the traces, by the hundred, of what was still being written when one write failed.
+
+    Orbax has closed the event loop that tensorstore's threads report to by then.
+    """
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            plain(unraisable)
+
+    return hook
+
+
 class Checkpoints:
     """Checkpoints of a run folder, named by the number of updates done."""
 
@@ -220,13 +234,16 @@ class Checkpoints:
             self.writer.join()
         self.tend()
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, plain) -> None:
         try:
             self.manager.wait_until_finished()
             self._write_sums()
+            sys.unraisablehook = plain
         except Exception as error:
             self.failure = RuntimeError(f"the checkpoint of step {step} could not be written: {_reason(error)}; those before it are kept")
             self.failure.__cause__ = error
+            # The hook stays: more traces may come. And there are writes that had not begun.
+            warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
 
     def _write_sums(self) -> None:
         if processes.group.index:
@@ -253,8 +270,9 @@ class Checkpoints:
         """Starts writing a checkpoint, and then its sums, in the background; the error of an earlier write is raised here."""
         self.wait()
         self.say(f"checkpoint {step} is being written")
+        plain, sys.unraisablehook = sys.unraisablehook, _hushed(sys.unraisablehook)
         self.manager.save(step, args=ocp.args.StandardSave(state), metrics={"validation": validation, "step": step})
-        self.writer = threading.Thread(target=self._finish, args=(step,))
+        self.writer = threading.Thread(target=self._finish, args=(step, plain))
         self.writer.start()
 
     def restore(self, step: int, like):
