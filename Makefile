@@ -1,4 +1,4 @@
-# make quickstart | test | smoke | parity | tpu | browser | check | docs | links | notebooks | wheel | bench | soak;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
+# make quickstart | test | smoke | parity | tpu | gpu | browser | check | docs | links | notebooks | wheel | bench | soak;  PYTHON=python3.12 picks the interpreter, with an environment of its own.
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
 VENV ?= .venv
@@ -8,7 +8,7 @@ endif
 BIN = $(VENV)/bin
 SOURCES = setup.cfg pyproject.toml
 
-.PHONY: quickstart test smoke parity tpu browser check docs links notebooks wheel bench soak clean
+.PHONY: quickstart test smoke parity tpu gpu browser check docs links notebooks wheel bench soak clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.run --config experiments/configs/quickstart.py --workdir runs/quickstart
@@ -29,6 +29,12 @@ tpu:
 	$(MAKE) VENV=.venv-tpu .venv-tpu/.installed-test
 	.venv-tpu/bin/python -m pip install --quiet 'jax[tpu]'
 	TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n 0 -s tests/parity/test_tpu.py
+
+# The same for GPUs, by jax's plugin for CUDA.
+gpu:
+	$(MAKE) VENV=.venv-gpu .venv-gpu/.installed-test
+	.venv-gpu/bin/python -m pip install --quiet 'jax[cuda12]'
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest -n 0 -s tests/parity/test_gpu.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

@@ -1,4 +1,4 @@
-"""The step as it is compiled for a mesh whose devices need not be there: what these send each other and, by a TPU's compiler, memory and time."""
+"""The step as it is compiled for a mesh whose devices need not be there: what these send each other and, for TPUs and GPUs, memory; for TPUs time."""
 
 import dataclasses
 import itertools
@@ -10,26 +10,26 @@ import re
 import subprocess
 import sys
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
+from experiments import topology as topology_lib
 from metatuner_jax import config as config_lib
 from metatuner_jax import data, generator, networks, product, sharding, train
 
 FEW = 2  # layers of each stack with which collectives are counted; once more with one more in each
-OF_TPU = ("arguments", "temporary", "bytes", "cycles")  # what is known of a step besides, where it is compiled for TPUs
+OF_TOPOLOGY = ("arguments", "temporary", "bytes", "cycles")  # what is known of a step besides, where it is compiled for one
 SCATTERS = "all-reduce-scatter"  # how a TPU's compiler calls what is summed, and of which each device keeps a part
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What is known of a kind of TPU beside its compiler, as its maker states it for a device of jax: GiB of memory, and GHz where it is stated.
-TPUS = {"TPU v4": (32, None), "TPU v5 lite": (16, 1.5), "TPU v5": (95, 1.75), "TPU v6 lite": (32, None), "TPU7x": (96, None)}
+LOWERED_FOR = {"gpu": "cuda", "tpu": "tpu"}  # as jax calls the platform of a topology where it lowers for it
+# Without a GPU nothing can be timed, and so no kernel of Triton chosen over those of cuBLAS.
+OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 
 
 def look_up(topology: str) -> dict:
-    """Returns {"devices", "kind"} of a topology of TPUs, such as "v5e:4x4", none of which need be there.
+    """Returns {"devices", "kind"} of a topology of TPUs or GPUs, such as "v5e:4x4" or "h100:8", none of which need be there.
 
     Raises:
       RuntimeError: there is none of that name, or no compiler for it.
@@ -41,14 +41,14 @@ def of_step(setup, lengths, mesh, topology: str | None = None) -> dict:
     """Returns what a compiler says of a step: {"by_kind": {kind: {"count", "bytes"}}, "compile_s", ...}, what the devices send each other.
 
     A count is of arrays, however many of them the compiler sends together; bytes are what each device has of them after it. Prompts are
-    taken to be as long as they may be. It is compiled in a process of its own, for as many pretended CPU devices, or for TPUs. For CPUs that is
+    taken to be as long as they may be. It is compiled in a process of its own, for as many pretended CPU devices, or for a topology. For CPUs that is
     done with few layers, and again with one more in each of the stacks (the shared, the private, the actor's): what grows with each of them is
     scaled to the real depths, as a step is linear in them. CPUs move bfloat16 as float32 and do not scatter what they reduce: bytes are those
     of the type that it is computed in.
 
     Args:
-      topology: of as many TPUs as the mesh has. With it there are also "arguments", "temporary" and "bytes", those of a device's memory, and
-        "cycles" (see `read_cycles`).
+      topology: of as many TPUs or GPUs as the mesh has devices. With it there are also "arguments", "temporary" and "bytes", those of a
+        device's memory, and "cycles" (see `read_cycles`), of which there are none of GPUs.
 
     Raises:
       RuntimeError: it cannot be compiled.
@@ -92,7 +92,7 @@ def of_depth(model, layers: int):
 
 
 def in_child(jobs, topology: str | None = None) -> list[dict]:
-    """Returns what `compile_step` finds of each (setup, lengths, mesh), in a process with as many pretended devices as the largest mesh, or for TPUs."""
+    """Returns what `compile_step` finds of each (setup, lengths, mesh), in a process with as many pretended devices as the largest mesh, or for a topology."""
     devices = 1 if topology else max(mesh.size for _, _, mesh in jobs)
     return child([{**as_json(*job), "topology": topology} for job in jobs], devices)
 
@@ -138,19 +138,19 @@ def from_json(found: dict):
 def compile_step(setup, lengths, mesh: config_lib.MeshConfig, topology: str | None = None) -> dict:
     """Returns what the compiler says of a step: its collectives, the bytes of its memory, a TPU's cycles, and the seconds that it took.
 
-    The mesh is of devices that are there, pretended or not, or of the TPUs of a topology. The step is that of the joint phase, and of its first
+    The mesh is of devices that are there, pretended or not, or of those of a topology. The step is that of the joint phase, and of its first
     turn where turns are taken.
     """
     assert mesh.data is not None  # it is that of a mesh, not of a config
-    devices = tpus(topology) if topology else jax.devices()
+    devices, platform = (topology_lib.devices(topology), topology_lib.platform(topology)) if topology else (jax.devices(), None)
     real = sharding.make_mesh(mesh, devices[: mesh.data * mesh.fsdp * mesh.tensor])
     began = time.perf_counter()
-    lowered = lower_step(setup, lengths, real, "tpu" if topology else None)
+    lowered = lower_step(setup, lengths, real, platform)
     traced = time.perf_counter()
-    program = lowered.compile()
+    program = lowered.compile(OPTIONS[platform] if platform else None)
     took, lines = time.perf_counter() - traced, run_lines(program.as_text(), setup)
     return {
-        "by_kind": read_collectives(lines, setup), **memory_of(program), "cycles": read_cycles(lines) if topology else {},
+        "by_kind": read_collectives(lines, setup), **memory_of(program), "cycles": read_cycles(lines) if platform == "tpu" else {},
         "lower_s": traced - began, "compile_s": took,
     }  # fmt: skip
 
@@ -162,15 +162,8 @@ def memory_of(program) -> dict[str, int]:
     return {"arguments": sizes.argument_size_in_bytes, "temporary": sizes.temp_size_in_bytes, "bytes": ends + sizes.temp_size_in_bytes}
 
 
-def tpus(topology: str):
-    """Returns the devices of a topology, none of which need be there."""
-    said: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1(x1)*", topology) else {}  # fewer than a host has otherwise
-    said |= {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # both cores of a chip are one device, as jax has them
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **said).devices
-
-
 def lower_step(setup, lengths, mesh, platform: str | None = None):
-    """Returns the step of the joint phase for shapes on a mesh, as it is given to the compiler; `platform`: that of its devices, if it is not jax's."""
+    """Returns the step of the joint phase for shapes on a mesh, as it is given to the compiler; `platform`: that of a topology, if it is of one."""
     state, frozen = sharding.shapes_at(networks.shapes(setup), mesh)
     batch = sharding.shapes_at(batch_shapes(setup, lengths), mesh, lambda *_: PartitionSpec(sharding.ROWS))
     key = sharding.shapes_at(jax.eval_shape(lambda: jax.random.key(0)), mesh, lambda *_: PartitionSpec())
@@ -178,7 +171,7 @@ def lower_step(setup, lengths, mesh, platform: str | None = None):
     loss, parts = phase.turns[0]
     with train.uncollected(), product.written_for(platform or product.platform()):
         step = train.make_train_step(loss, setup.config.train, phase, parts)
-        return step.trace(state, frozen, batch, key).lower(lowering_platforms=(platform,) if platform else None)
+        return step.trace(state, frozen, batch, key).lower(lowering_platforms=(LOWERED_FOR[platform],) if platform else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +287,7 @@ def main(jobs) -> list[dict] | str:
     try:
         for job in jobs:
             if isinstance(job, str):
-                devices = tpus(job)
+                devices = topology_lib.devices(job)
                 found.append({"devices": len(devices), "kind": devices[0].device_kind})
             else:
                 setup, lengths, mesh = from_json(job)

@@ -1,25 +1,28 @@
 """What a run would take, without doing it: parameters, memory a device, FLOPs, and what the devices of a mesh say to each other.
 
-    python -m experiments.run --plan --config FILE [--config.mesh.fsdp=8 ...] [--devices N | --topology v5e:4x4] [--memory GIB] [--json FILE]
+    python -m experiments.run --plan --config FILE [--config.mesh.fsdp=8 ...] [--devices N | --topology h100:8] [--memory GIB] [--json FILE]
 
 Memory and FLOPs are worked out from shapes and from the rules of `sharding`. Collectives are read from the step as it is compiled, with
-few layers, for as many pretended devices; with `--topology` as the compiler of TPUs makes it, which also says its memory and, by its
-estimate, its time (see `compiled`). No weights are loaded, and nothing is written but `--json`.
+few layers, for as many pretended devices; with `--topology` as the compiler of those TPUs or GPUs makes it, which also says its memory and,
+of TPUs, by its estimate its time (see `compiled`). No weights are loaded, and nothing is written but `--json`.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import os
 import pathlib
+import re
 import sys
 
 import jax
 
 from experiments import compiled
 from experiments import run as run_lib
+from experiments import topology as topology_lib
 from metatuner_jax import config as config_lib
 from metatuner_jax import data, decode, files, generator, methods, networks, pretrained, product, sharding, transformer
 from metatuner_jax import job as job_lib
@@ -80,23 +83,25 @@ def main(argv) -> int:
     devices = _number(options, "--devices", int)
     memory = _number(options, "--memory", float)
     config = run_lib.load_config(path, assignments)
-    tpus = tpus_of(options["--topology"], devices, memory) if "--topology" in options else None
-    topology = tpus["topology"] if tpus else None
-    devices = tpus["devices"] if tpus else devices or jax.device_count()
-    memory = (memory or (tpus["memory"] if tpus else device_memory() / GIB)) * GIB
-    with product.written_for("tpu" if tpus else product.platform()):
-        mesh = mesh_of(config.mesh, devices, topology)
+    topology = topology_of(options["--topology"], devices, memory) if "--topology" in options else None
+    name = topology["name"] if topology else None
+    devices = topology["devices"] if topology else devices or jax.device_count()
+    memory = (topology["memory"] if topology else memory or device_memory() / GIB) * GIB
+    with product.written_for(topology["platform"] if topology else product.platform()):
+        mesh = mesh_of(config.mesh, devices, name)
         setup, lengths, known = setup_of(config, mesh)
         plan = make_plan(setup, lengths, mesh)
         plan["lengths"]["from"] = "the rows" if known else "the config's limits, as there is no tokenizer"
         try:
-            found = compiled.of_step(setup, lengths, mesh, topology)
+            found = compiled.of_step(setup, lengths, mesh, name)
         except RuntimeError as error:  # the rest stands without it
             found = {"by_kind": {}, "failed": str(error)}
-        plan["tpu"] = {**tpus, **{name: found.pop(name) for name in compiled.OF_TPU if name in found}} if tpus else None
+        plan["topology"] = {**topology, **{name: found.pop(name) for name in compiled.OF_TOPOLOGY if name in found}} if topology else None
         plan["collectives"] = found
         too_much = plan["memory"]["peak"] > memory
         refusal = refuse(setup, lengths, mesh, plan, memory) if too_much else refuse_compiled(config, mesh, plan, memory)
+        if refusal and topology and topology["share"]:
+            refusal += more_of_gpu(plan)
     plan["memory"] |= {"limit": int(memory), "fits": refusal is None}
     plan["refusal"] = refusal
     print(table(plan))
@@ -119,30 +124,50 @@ def _number(options, name, kind):
     return value
 
 
-def tpus_of(topology: str, devices: int | None, memory: float | None) -> dict:
-    """Returns {"topology", "devices", "kind", "memory", "ghz"} of TPUs: how many, what they are, the GiB of each and its clock, None if not known.
+def topology_of(name: str, devices: int | None, memory: float | None) -> dict:
+    """Returns {"name", "platform", "devices", "kind", "memory", "share", "ghz"} of a topology of TPUs or GPUs, none of which need be there.
+
+    Memory is the GiB of a device that a run may take, which is a share of what a GPU has; the clock is None if it is not known.
 
     Raises:
       run.Mistake: there is no such topology, no compiler for it, or it has not as many devices as are asked for.
     """
-    if not topology:
-        raise run_lib.Mistake("--topology= needs a kind of TPU and its shape, such as v5e:4x4")
-    jax.config.update("jax_platforms", "cpu")  # no device is needed, and TPUs that are there may be at work
+    if not name:
+        raise run_lib.Mistake("--topology= needs a kind of device and how many, such as v5e:4x4 or h100:8")
+    jax.config.update("jax_platforms", "cpu")  # no device is needed, and those that are there may be at work
+    platform = topology_lib.platform(name)
     try:
-        found = compiled.look_up(topology)
+        found = compiled.look_up(name)
     except RuntimeError as error:
         text = str(error)
-        if "not installed" in text:
-            raise run_lib.Mistake(f"--topology={topology} needs the compiler of TPUs, which comes with `pip install -e .[tpu]`") from None
-        if "INVALID_ARGUMENT" in text:
-            raise run_lib.Mistake(f"--topology={topology} is not one of TPUs, such as v5e:4x4 or v5p:2x2x2: {text.split('INVALID_ARGUMENT: ')[-1]}") from None
-        raise run_lib.Mistake(f"--topology={topology} cannot be looked up: {text}") from None
+        if "not installed" in text or "not implemented for cuda" in text:
+            what, extra = ("GPUs", "cuda") if platform == "gpu" else ("TPUs", "tpu")
+            raise run_lib.Mistake(f"--topology={name} needs the compiler of {what}, which comes with `pip install -e .[{extra}]`") from None
+        reason = re.search("(?:ValueError|INVALID_ARGUMENT): (.*)", text)
+        if reason:
+            raise run_lib.Mistake(f"--topology={name} is not one of TPUs, such as v5e:4x4, or GPUs, such as h100:8: {reason[1]}") from None
+        raise run_lib.Mistake(f"--topology={name} cannot be looked up: {text}") from None
     if devices not in (None, found["devices"]):
-        raise run_lib.Mistake(f"--topology={topology} has {found['devices']} devices and --devices={devices}: leave --devices out")
-    gib, ghz = compiled.TPUS.get(found["kind"], (memory, None))
-    if gib is None:
-        raise run_lib.Mistake(f"--topology={topology} is of {found['kind']}, of which no memory is known: say it with --memory")
-    return {"topology": topology, **found, "memory": gib, "ghz": ghz}
+        raise run_lib.Mistake(f"--topology={name} has {found['devices']} devices and --devices={devices}: leave --devices out")
+    share, ghz = None, None
+    if platform == "tpu":
+        memory_of_kind, ghz = topology_lib.TPUS.get(found["kind"], (None, None))
+        memory = memory or memory_of_kind
+    elif memory is None:
+        share = gpu_share()
+        memory = share * topology_lib.GPUS[name.split(":")[0]].memory
+    if memory is None:
+        raise run_lib.Mistake(f"--topology={name} is of {found['kind']}, of which no memory is known: say it with --memory")
+    return {"name": name, "platform": platform, **found, "memory": memory, "share": share, "ghz": ghz}
+
+
+def gpu_share() -> float:
+    """Returns the share of a GPU's memory that jax takes, as the environment has it. Raises run.Mistake where that is none."""
+    said = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", topology_lib.PREALLOCATED)
+    with contextlib.suppress(ValueError):
+        if 0 < float(said) <= 1:
+            return float(said)
+    raise run_lib.Mistake(f"XLA_PYTHON_CLIENT_MEM_FRACTION={said} in the environment must be above 0 and at most 1")
 
 
 def device_memory() -> float:
@@ -587,12 +612,21 @@ def refuse(setup, lengths, mesh, plan, memory_limit: float) -> str:
 
 def refuse_compiled(config, mesh, plan, memory_limit: float) -> str | None:
     """Returns one line where the step does not fit by the compiler, though it would by analysis: which settings need less. None where it fits."""
-    tpu = plan["tpu"] or {}
-    if "RESOURCE_EXHAUSTED" not in plan["collectives"].get("failed", "") and tpu.get("bytes", 0) <= memory_limit:
+    found = plan["topology"] or {}
+    if "RESOURCE_EXHAUSTED" not in plan["collectives"].get("failed", "") and found.get("bytes", 0) <= memory_limit:
         return None
-    takes = f"{tpu['bytes'] / GIB:.2f} GiB" if "bytes" in tpu else "more than there is"
+    takes = f"{found['bytes'] / GIB:.2f} GiB" if "bytes" in found else "more than there is"
     help = ", ".join(memory_lib.options(config, "steps", sharding.row_parts(mesh)))
-    return f"the step takes {takes} of each device's {memory_limit / GIB:.2f} GiB, by the compiler of {tpu['topology']}: {help}"
+    return f"the step takes {takes} of each device's {memory_limit / GIB:.2f} GiB, by the compiler of {found['name']}: {help}"
+
+
+def more_of_gpu(plan) -> str:
+    """Returns what is added to a refusal where a GPU has the memory, but jax does not take it; else nothing."""
+    found, most = plan["topology"], 0.95
+    needs = max(plan["memory"]["peak"], found.get("bytes", 0)) / GIB
+    if needs > most * found["memory"] / found["share"]:
+        return ""
+    return f"; or set XLA_PYTHON_CLIENT_MEM_FRACTION={most}: jax takes {found['share']:.0%} of a GPU's memory"
 
 
 # --- the table ---
@@ -626,7 +660,9 @@ def table(plan: dict) -> str:
     lines.append(f"  {'all':<50}" + "".join(f"{memory['totals'][name] / GIB:>12.3f}" for name in names))
     if "limit" in memory:
         verdict = "fits" if memory["fits"] else "does not fit"
-        lines.append(f"  the {memory['largest']} takes most; of {memory['limit'] / GIB:.2f} GiB a device: {verdict}")
+        share = (plan.get("topology") or {}).get("share")
+        of_gpu = f", the {share:.0%} of a GPU's that jax takes (XLA_PYTHON_CLIENT_MEM_FRACTION)" if share else ""
+        lines.append(f"  the {memory['largest']} takes most; of {memory['limit'] / GIB:.2f} GiB a device{of_gpu}: {verdict}")
     if plan["flops"]:
         lines += ["", f"{'FLOPs of a step, all devices':<52}{'10^12':>12}"]
         lines += [f"  {name:<50}{size / 1e12:>12.3f}" for name, size in plan["flops"].items()]
@@ -635,26 +671,32 @@ def table(plan: dict) -> str:
 
 def _compiled(plan) -> list[str]:
     """Returns the lines of what a compiler says of the step."""
-    tpu, moved = plan.get("tpu"), plan.get("collectives", {})
+    topology, moved = plan.get("topology"), plan.get("collectives", {})
     lines = []
-    if tpu and "cycles" in tpu:
-        times = lambda cycles: f"{cycles / 1e6:>12.1f}" + (f"{cycles / tpu['ghz'] / 1e6:>12.1f}" if tpu["ghz"] else "")
-        cycles = {**tpu["cycles"], "all": sum(tpu["cycles"].values())}
+    if topology and "bytes" in topology:
         lines += ["", f"{'memory of a device in the step, by the compiler':<52}{'GiB':>12}"]
-        lines += [f"  {name:<50}{tpu[key] / GIB:>12.3f}" for name, key in (("arguments", "arguments"), ("temporary", "temporary"), ("all", "bytes"))]
-        lines += ["", f"{'work of a device in the step, by the estimate of the':<52}" + f"{'10^6':>12}", f"{'compiler of a ' + tpu['kind']:<52}{'cycles':>12}" + f"{'ms':>12}" * bool(tpu["ghz"])]
-        lines += [f"  {name:<50}{times(count)}" for name, count in cycles.items()]
-        if plan["method"] == "metatuner_i":
-            lines.append("  of the task term, in whose turn the prompt term rests")
-        elif tpu["ghz"]:
-            rate = plan["flops"]["all"] / plan["devices"] / cycles["all"] * tpu["ghz"] / 1e3
-            lines.append(f"  {rate:.0f} TFLOP/s, were nothing waited for that is sent or fetched")
+        lines += [f"  {name:<50}{topology[key] / GIB:>12.3f}" for name, key in (("arguments", "arguments"), ("temporary", "temporary"), ("all", "bytes"))]
+        lines += _cycles(plan, topology) if topology["cycles"] else []
     if "failed" in moved:
         lines += ["", f"not compiled: {moved['failed']}"]
     if moved.get("by_kind"):
         lines += ["", f"{'collectives of a step':<52}{'arrays':>12}{'MiB':>12}"]
         lines += [f"  {kind:<50}{sizes['count']:>12}{sizes['bytes'] / 2**20:>12.1f}" for kind, sizes in moved["by_kind"].items()]
     if moved.get("compile_s") is not None:
-        what = f"the step, compiled for {tpu['topology']}" if tpu else f"the step with {compiled.FEW} and {compiled.FEW + 1} layers a stack, compiled for {moved['compiled_for']} pretended devices"
+        what = f"the step, compiled for {topology['name']}" if topology else f"the step with {compiled.FEW} and {compiled.FEW + 1} layers a stack, compiled for {moved['compiled_for']} pretended devices"
         lines.append(f"  read from {what} in {moved['compile_s']} s (all {moved['all_s']} s)")
+    return lines
+
+
+def _cycles(plan, topology) -> list[str]:
+    """Returns the lines of what the compiler of TPUs estimates of their work."""
+    ghz, cycles = topology["ghz"], {**topology["cycles"], "all": sum(topology["cycles"].values())}
+    times = lambda count: f"{count / 1e6:>12.1f}" + (f"{count / ghz / 1e6:>12.1f}" if ghz else "")
+    lines = ["", f"{'work of a device in the step, by the estimate of the':<52}{'10^6':>12}", f"{'compiler of a ' + topology['kind']:<52}{'cycles':>12}" + f"{'ms':>12}" * bool(ghz)]
+    lines += [f"  {name:<50}{times(count)}" for name, count in cycles.items()]
+    if plan["method"] == "metatuner_i":
+        lines.append("  of the task term, in whose turn the prompt term rests")
+    elif ghz:
+        rate = plan["flops"]["all"] / plan["devices"] / cycles["all"] * ghz / 1e3
+        lines.append(f"  {rate:.0f} TFLOP/s, were nothing waited for that is sent or fetched")
     return lines

@@ -14,6 +14,7 @@ from small_runs import SOAK
 
 from experiments import compiled as compiled_lib
 from experiments import plan, run
+from experiments import topology as topology_lib
 from metatuner_jax import config as config_lib
 from metatuner_jax import data, generator, methods, networks, sharding
 
@@ -351,7 +352,7 @@ def test_a_step_that_cannot_be_compiled_leaves_the_rest_of_the_plan(folder, caps
 
 
 def answer(monkeypatch, found):
-    """Has the compiler of TPUs answer with what is found, an error or a list."""
+    """Has the compiler of a topology answer with what is found, an error or a list."""
 
     def child(jobs, devices=1):
         if isinstance(found, Exception):
@@ -361,8 +362,11 @@ def answer(monkeypatch, found):
     monkeypatch.setattr(compiled_lib, "child", child)
 
 
+NOTHING_SENT = {kind: {"count": 0, "bytes": 0} for kind in compiled_lib.KINDS}
+
+
 def test_the_compiler_of_tpus_says_memory_and_work(folder, tmp_path, capsys, monkeypatch):
-    sent = {kind: {"count": 0, "bytes": 0} for kind in compiled_lib.KINDS} | {"all-reduce": {"count": 3, "bytes": 3 * 2**20}}
+    sent = NOTHING_SENT | {"all-reduce": {"count": 3, "bytes": 3 * 2**20}}
     cycles = {"sampling": 3_000_000, "forward": 6_000_000, "backward": 9_000_000, "update and the rest": 0}
     step = {"arguments": 2**30, "temporary": 2**31, "bytes": 3 * 2**30, "cycles": cycles, "by_kind": sent, "lower_s": 1.0, "compile_s": 2.0}
     answer(monkeypatch, ("TPU v5 lite", [step]))
@@ -371,14 +375,54 @@ def test_the_compiler_of_tpus_says_memory_and_work(folder, tmp_path, capsys, mon
     lines = {" ".join(line.split()) for line in text.splitlines()}
     assert {"on 4 devices: data=4, fsdp=1, tensor=1"} <= {line.split("metatuner_j, float32, ")[-1] for line in lines}
     assert {"sampling 3.0 2.0", "forward 6.0 4.0", "all 18.0 12.0", "temporary 2.000", "all-reduce 3 3.0"} <= lines  # 1.5 GHz
-    assert found["memory"]["fits"] and found["memory"]["limit"] == 16 * 2**30 and found["tpu"]["cycles"] == cycles and found["tpu"]["topology"] == "v5e:2x2"
+    assert found["memory"]["fits"] and found["memory"]["limit"] == 16 * 2**30 and found["topology"]["cycles"] == cycles and found["topology"]["name"] == "v5e:2x2"
     assert found["collectives"]["by_kind"] == {"all-reduce": {"count": 3, "bytes": 3 * 2**20}}
+
+
+def of_gpu(size):
+    """Returns what the compiler of a GPU says of a step that takes so many bytes."""
+    return {"arguments": 2**30, "temporary": size - 2**30, "bytes": size, "cycles": {}, "by_kind": NOTHING_SENT, "lower_s": 1.0, "compile_s": 2.0}
+
+
+@pytest.mark.parametrize(("arguments", "share", "limit"), [
+    (("--topology=h100:4",), None, 0.75 * 79.1), (("--topology=h100:4",), "0.9", 0.9 * 79.1), (("--topology=h100:2x2", "--memory=60"), None, 60),
+], ids=["by default", "as the environment says", "as is said"])  # fmt: skip
+def test_a_gpu_has_the_memory_that_jax_takes(folder, tmp_path, capsys, monkeypatch, arguments, share, limit):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    if share:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    answer(monkeypatch, ("NVIDIA H100 80GB HBM3", [of_gpu(3 * 2**30)]))
+    assert start(folder, *arguments, "--config.dtype=auto", f"--json={tmp_path}/plan.json") == 0
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert found["memory"]["limit"] == int(limit * 2**30) and found["memory"]["fits"] and found["dtype"] == "bfloat16"
+    assert "  temporary" in text and "cycles" not in text and ("that jax takes" in text) == (limit != 60)
+
+
+def test_of_a_gpu_more_may_be_taken(folder, capsys, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for size, helps in ((70 * 2**30, True), (78 * 2**30, False)):
+        answer(monkeypatch, ("NVIDIA H100 80GB HBM3", [of_gpu(size)]))
+        assert start(folder, "--topology=h100:4") == 1
+        line = capsys.readouterr().err.strip()
+        assert f"the step takes {size / 2**30:.2f} GiB of each device's 59.32 GiB, by the compiler of h100:4: set train.remat=all" in line
+        assert line.endswith("; or set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: jax takes 75% of a GPU's memory") == helps and "\n" not in line
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75%")
+    assert start(folder, "--topology=h100:4") == 2
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=75% in the environment must be above 0 and at most 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("h100", "of GPUs it is h100:8, or h100:2x8"), ("h100:0", "of GPUs it is"), ("h100:8x", "of GPUs it is"), ("h100:1x2x8", "of GPUs it is"),
+    ("a100:8", "did you mean a100-40gb or a100-80gb? GPUs are l4"), ("H100:8", "did you mean h100?"), ("rtx:8", "^GPUs are l4, a10g"),
+])  # fmt: skip
+def test_what_is_no_topology_of_gpus_is_told(name, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        topology_lib.devices(name)
 
 
 @pytest.mark.parametrize("too_much", [17 * 2**30, "JaxRuntimeError: RESOURCE_EXHAUSTED: 17G of 15.75G hbm"], ids=["compiled", "not compiled"])
 def test_what_does_not_fit_by_the_compiler_is_refused(folder, capsys, monkeypatch, too_much):
-    sent = {kind: {"count": 0, "bytes": 0} for kind in compiled_lib.KINDS}
-    step = {"arguments": 0, "temporary": 0, "bytes": too_much, "cycles": {"forward": 1}, "by_kind": sent, "lower_s": 1.0, "compile_s": 2.0}
+    step = {"arguments": 0, "temporary": 0, "bytes": too_much, "cycles": {"forward": 1}, "by_kind": NOTHING_SENT, "lower_s": 1.0, "compile_s": 2.0}
     answer(monkeypatch, ("TPU v5 lite", [step]))
     if isinstance(too_much, str):
         monkeypatch.setattr(compiled_lib, "of_step", lambda *args: (_ for _ in ()).throw(RuntimeError(too_much)))
@@ -390,12 +434,14 @@ def test_what_does_not_fit_by_the_compiler_is_refused(folder, capsys, monkeypatc
 
 @pytest.mark.parametrize(("found", "arguments", "message"), [
     (RuntimeError("RuntimeError: JAX TPU support not installed; cannot"), (), "--topology=v5e:2x2 needs the compiler of TPUs, which comes with"),
-    (RuntimeError("JaxRuntimeError: INVALID_ARGUMENT: Invalid name: v9"), (), "is not one of TPUs, such as v5e:4x4 or v5p:2x2x2: Invalid name: v9"),
+    (RuntimeError("NotImplementedError: topology not implemented for cuda"), (), "--topology=v5e:2x2 needs the compiler of TPUs, which comes with"),
+    (RuntimeError("JaxRuntimeError: INVALID_ARGUMENT: Invalid name: v9"), (), "is not one of TPUs, such as v5e:4x4, or GPUs, such as h100:8: Invalid name: v9"),
+    (RuntimeError("ValueError: GPUs are few"), (), "is not one of TPUs, such as v5e:4x4, or GPUs, such as h100:8: GPUs are few"),
     (RuntimeError("the compiler's process died: no memory"), (), "--topology=v5e:2x2 cannot be looked up: the compiler's process died: no memory"),
     (("TPU v5 lite", []), ("--config.mesh.fsdp=3",), "make 3 devices and --topology=v5e:2x2 has 4"),
     (("TPU v5 lite", []), ("--devices=8",), "--topology=v5e:2x2 has 4 devices and --devices=8: leave --devices out"),
     (("TPU v99", []), (), "--topology=v5e:2x2 is of TPU v99, of which no memory is known: say it with --memory"),
-], ids=["no compiler", "no such", "dead", "mesh", "other number", "no memory"])  # fmt: skip
+], ids=["no compiler", "not implemented", "no such TPU", "no such GPU", "dead", "mesh", "other number", "no memory"])  # fmt: skip
 def test_topologies_that_cannot_be_planned_for_are_one_line(folder, capsys, monkeypatch, found, arguments, message):
     answer(monkeypatch, found)
     assert start(folder, "--topology=v5e:2x2", *arguments) == 2

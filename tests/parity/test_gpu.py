@@ -1,0 +1,88 @@
+"""The step is compiled for GPUs where there are none: their compiler comes with jax's plugin for CUDA (`make gpu`)."""
+
+import json
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import bench, compiled, plan, topology
+from metatuner_jax import config as config_lib
+from metatuner_jax import data, generator, methods, product, sharding
+
+MODEL, ROWS = bench.SHAPES["smollm2-135m"], 64
+LENGTHS = data.Lengths(bench.QUERY, bench.ACTOR_QUERY, bench.ANSWER)
+MEASURED = pathlib.Path(__file__).parents[2] / "results" / "bench" / "nvidia-h100-jax-0.11-qwen2.5-1.5b.json"
+
+
+@pytest.mark.parametrize("kind", topology.GPUS)
+def test_every_kind_of_gpu_is_one_that_its_compiler_takes(kind):
+    devices = topology.devices(f"{kind}:2x4")
+    assert len(devices) == 8 and devices[0].device_kind == topology.GPUS[kind].name
+    mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
+    x, w = (
+        jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+        for axes in (("rows",), ())
+    )  # fmt: skip
+    program = jax.jit(lambda x, w: (x @ w).sum()).trace(x, w).lower(lowering_platforms=("cuda",)).compile(compiled.OPTIONS["gpu"])
+    assert "all-reduce" in program.as_text()
+
+
+@pytest.mark.parametrize(("shape", "train"), [((4, 1, 1), "lora"), ((1, 4, 1), "full")], ids=str)
+def test_the_step_compiles_for_gpus_and_takes_what_is_planned(shape, train):
+    same = {"model": "SmolLM2-135M"}
+    config = config_lib.make(
+        dtype="bfloat16", generator={"max_prompt_tokens": bench.PROMPT, "train": train, **same}, actor={"max_answer_tokens": bench.ANSWER, **same},
+        train={"batch_size": ROWS},
+    )  # fmt: skip
+    setup = generator.Setup(methods.resolve(config), MODEL, MODEL, bench.END, (3, 4, 5))
+    mesh = sharding.make_mesh(config_lib.MeshConfig(*shape), topology.devices("h100:4"))
+    program = compiled.lower_step(setup, LENGTHS, mesh, "gpu").compile(compiled.OPTIONS["gpu"])
+    memory, lines = compiled.memory_of(program), compiled.run_lines(program.as_text(), setup)
+    sent = compiled.read_collectives(lines, setup)
+    with product.written_for("gpu"):
+        planned = sum(plan.memory(setup, LENGTHS, plan.Mesh(*shape))["step"].values())
+    print(f"\ndata, fsdp, tensor = {shape}, {train}: {memory['bytes'] / 2**30:.2f} GiB a device, planned {planned / 2**30:.2f}; {sent}")
+    assert 0.8 < memory["bytes"] / planned < 1.1
+
+    kernels = 2 * sum(math.prod(config_lib.projection_widths(MODEL, name)) for name in config_lib.PROJECTIONS) * MODEL.num_layers
+    gathered = [
+        (math.prod(int(n) for n in dims.split(",")), line.sampling)
+        for line in lines
+        for arrays in re.findall(r"= (.+) all-gather(?:-start)?\(", line.text)
+        for dims in re.findall(r"\w\[([\d,]+)\]", arrays)
+    ]
+    if shape == (4, 1, 1):  # the rows' LoRA stay where they are, but for those of the few rows that are diagnosed; weights are nowhere else
+        loras = ROWS * MODEL.num_layers * config_lib.Config().hyper.rank * MODEL.width
+        assert max(size for size, _ in gathered) < loras and not any(sampling for _, sampling in gathered)
+    else:  # for each token that is sampled, a token of all rows is brought together, and no weights; of its gradients each device is given its part alone
+        assert max(size for size, sampling in gathered if sampling) == ROWS * MODEL.width
+        assert sent["reduce-scatter"]["bytes"] > 0.5 * kernels / 4 > sent["all-reduce"]["bytes"]
+
+
+@pytest.mark.parametrize("part", json.loads(MEASURED.read_text())["settings"]["parts"])
+def test_memory_is_that_of_a_card_which_was_there(part, work, monkeypatch):
+    """The benchmark's parts, compiled without a card, take the memory that they took on one, compiled there."""
+    place = jax.sharding.SingleDeviceSharding(topology.devices("h100:1")[0])
+
+    def compile(function, *args):
+        args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), args)
+        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+        return None, 0.0, bench.sizes(lowered.compile(compiled.OPTIONS["gpu"]))
+
+    monkeypatch.setattr(bench, "compiled", compile)
+    with product.written_for("gpu"):
+        found = bench.PARTS[part](work).temporary
+    measured = json.loads(MEASURED.read_text())["parts"]["bfloat16"][part]["temporary_bytes"]
+    print(f"\n{part}: {found / 2**30:.3f} GiB, {measured / 2**30:.3f} on the card")
+    assert found == pytest.approx(measured, rel=0.03)
+
+
+@pytest.fixture(scope="module")
+def work():
+    settings = json.loads(MEASURED.read_text())["settings"]
+    return bench.make_work(settings["model"], "bfloat16", settings["batch_size"])
