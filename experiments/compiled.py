@@ -1,4 +1,4 @@
-"""The step as it is compiled for a mesh whose devices need not be there: what these send each other and, for TPUs and GPUs, memory; for TPUs time."""
+"""The step as it is compiled for a mesh whose devices need not be there: what these send each other and, for TPUs and GPUs, memory and work."""
 
 import dataclasses
 import itertools
@@ -15,17 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from experiments import roofline
 from experiments import topology as topology_lib
 from metatuner_jax import config as config_lib
 from metatuner_jax import data, generator, networks, product, sharding, train
 
 FEW = 2  # layers of each stack with which collectives are counted; once more with one more in each
-OF_TOPOLOGY = ("arguments", "temporary", "bytes", "cycles")  # what is known of a step besides, where it is compiled for one
+OF_TOPOLOGY = ("arguments", "temporary", "bytes", "cycles", "seconds")  # what is known of a step besides, where it is compiled for one
 SCATTERS = "all-reduce-scatter"  # how a TPU's compiler calls what is summed, and of which each device keeps a part
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 LOWERED_FOR = {"gpu": "cuda", "tpu": "tpu"}  # as jax calls the platform of a topology where it lowers for it
-# Without a GPU nothing can be timed, and so no kernel of Triton chosen over those of cuBLAS.
-OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 
 
 def look_up(topology: str) -> dict:
@@ -48,7 +47,7 @@ def of_step(setup, lengths, mesh, topology: str | None = None) -> dict:
 
     Args:
       topology: of as many TPUs or GPUs as the mesh has devices. With it there are also "arguments", "temporary" and "bytes", those of a
-        device's memory, and "cycles" (see `read_cycles`), of which there are none of GPUs.
+        device's memory, and an estimate of its work by part: "cycles" of a TPU (see `read_cycles`), "seconds" of a GPU (see `roofline`).
 
     Raises:
       RuntimeError: it cannot be compiled.
@@ -136,7 +135,7 @@ def from_json(found: dict):
 
 
 def compile_step(setup, lengths, mesh: config_lib.MeshConfig, topology: str | None = None) -> dict:
-    """Returns what the compiler says of a step: its collectives, the bytes of its memory, a TPU's cycles, and the seconds that it took.
+    """Returns what the compiler says of a step: its collectives, the bytes of its memory, the work of a TPU or GPU, and the seconds that it took.
 
     The mesh is of devices that are there, pretended or not, or of those of a topology. The step is that of the joint phase, and of its first
     turn where turns are taken.
@@ -147,12 +146,13 @@ def compile_step(setup, lengths, mesh: config_lib.MeshConfig, topology: str | No
     began = time.perf_counter()
     lowered = lower_step(setup, lengths, real, platform)
     traced = time.perf_counter()
-    program = lowered.compile(OPTIONS[platform] if platform else None)
-    took, lines = time.perf_counter() - traced, run_lines(program.as_text(), setup)
-    return {
-        "by_kind": read_collectives(lines, setup), **memory_of(program), "cycles": read_cycles(lines) if platform == "tpu" else {},
-        "lower_s": traced - began, "compile_s": took,
-    }  # fmt: skip
+    program = lowered.compile()
+    took, text = time.perf_counter() - traced, program.as_text()
+    lines = run_lines(text, setup)
+    work: dict[str, dict] = {}
+    if topology:
+        work = {"cycles": read_cycles(lines)} if platform == "tpu" else {"seconds": roofline.seconds(text, lines, topology_lib.gpu(topology))}
+    return {"by_kind": read_collectives(lines, setup), **memory_of(program), **work, "lower_s": traced - began, "compile_s": took}
 
 
 def memory_of(program) -> dict[str, int]:
@@ -179,9 +179,17 @@ class Line:
     """An instruction of a compiled program."""
 
     text: str
+    computation: str  # that it stands in
     times: int  # how often it is run
     sampling: bool  # in the loop that samples prompts
     fused: bool  # in an instruction that stands for several, with a line of its own
+
+    @property
+    def part(self) -> str:
+        """The part of a step that it belongs to."""
+        op = re.search(r'op_name="([^"]*)"', self.text)
+        name = op[1] if op else ""
+        return "sampling" if self.sampling else "backward" if "transpose(jvp" in name else "forward" if "jvp(" in name else "update and the rest"
 
 
 def run_lines(text: str, setup) -> list[Line]:
@@ -199,15 +207,15 @@ def run_lines(text: str, setup) -> list[Line]:
 
     def walk(name, times, sampling, fused):
         for line in bodies[name]:
-            found.append(Line(line, times, sampling, fused))
+            found.append(Line(line, name, times, sampling, fused))
             loop = re.search(r"\bwhile\(.*?condition=%?([\w.-]+), body=%?([\w.-]+)", line)
             if loop:
                 turns = _turns(line, bodies[loop[1]])
                 # No other loop of a step has a number of turns that is not known: sampling ends with the prompts.
                 often = times * (max(setup.config.generator.max_prompt_tokens - 1, 1) if turns is None else turns)
-                for part in loop.groups():
+                for part in loop.groups() if turns is None else (loop[2],):  # what is only counted is not asked for on a device
                     walk(part, often, sampling or turns is None, fused)
-            for called in re.findall(r"(?:to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
+            for called in re.findall(r"(?:\bcall\(.*to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
                 walk(called, times, sampling, fused)
             for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
                 for called in group.split(","):
@@ -261,10 +269,7 @@ def read_cycles(lines: list[Line]) -> dict[str, int]:
     for line in lines:
         cycles = None if line.fused else re.search(r'"estimated_cycles":"(\d+)"', line.text)
         if cycles:
-            op = re.search(r'op_name="([^"]*)"', line.text)
-            name = op[1] if op else ""
-            part = "sampling" if line.sampling else "backward" if "transpose(jvp" in name else "forward" if "jvp(" in name else "update and the rest"
-            found[part] += line.times * int(cycles[1])
+            found[line.part] += line.times * int(cycles[1])
     return found
 
 

@@ -3,8 +3,8 @@
     python -m experiments.run --plan --config FILE [--config.mesh.fsdp=8 ...] [--devices N | --topology h100:8] [--memory GIB] [--json FILE]
 
 Memory and FLOPs are worked out from shapes and from the rules of `sharding`. Collectives are read from the step as it is compiled, with
-few layers, for as many pretended devices; with `--topology` as the compiler of those TPUs or GPUs makes it, which also says its memory and,
-of TPUs, by its estimate its time (see `compiled`). No weights are loaded, and nothing is written but `--json`.
+few layers, for as many pretended devices; with `--topology` as the compiler of those TPUs or GPUs makes it, with its memory and
+an estimate of its work (see `compiled`, `roofline`). No weights are loaded, and nothing is written but `--json`.
 """
 
 import collections
@@ -155,7 +155,7 @@ def topology_of(name: str, devices: int | None, memory: float | None) -> dict:
         memory = memory or memory_of_kind
     elif memory is None:
         share = gpu_share()
-        memory = share * topology_lib.GPUS[name.split(":")[0]].memory
+        memory = share * topology_lib.gpu(name).memory
     if memory is None:
         raise run_lib.Mistake(f"--topology={name} is of {found['kind']}, of which no memory is known: say it with --memory")
     return {"name": name, "platform": platform, **found, "memory": memory, "share": share, "ghz": ghz}
@@ -676,7 +676,7 @@ def _compiled(plan) -> list[str]:
     if topology and "bytes" in topology:
         lines += ["", f"{'memory of a device in the step, by the compiler':<52}{'GiB':>12}"]
         lines += [f"  {name:<50}{topology[key] / GIB:>12.3f}" for name, key in (("arguments", "arguments"), ("temporary", "temporary"), ("all", "bytes"))]
-        lines += _cycles(plan, topology) if topology["cycles"] else []
+        lines += _work(plan, topology)
     if "failed" in moved:
         lines += ["", f"not compiled: {moved['failed']}"]
     if moved.get("by_kind"):
@@ -688,15 +688,22 @@ def _compiled(plan) -> list[str]:
     return lines
 
 
-def _cycles(plan, topology) -> list[str]:
-    """Returns the lines of what the compiler of TPUs estimates of their work."""
-    ghz, cycles = topology["ghz"], {**topology["cycles"], "all": sum(topology["cycles"].values())}
-    times = lambda count: f"{count / 1e6:>12.1f}" + (f"{count / ghz / 1e6:>12.1f}" if ghz else "")
-    lines = ["", f"{'work of a device in the step, by the estimate of the':<52}{'10^6':>12}", f"{'compiler of a ' + topology['kind']:<52}{'cycles':>12}" + f"{'ms':>12}" * bool(ghz)]
-    lines += [f"  {name:<50}{times(count)}" for name, count in cycles.items()]
+def _work(plan, topology) -> list[str]:
+    """Returns the lines of what is estimated of a device's work, in a TPU's cycles and in milliseconds where the clock is known."""
+    ghz, cycles = topology["ghz"], topology.get("cycles")
+    ms = {part: 1e3 * seconds for part, seconds in topology["seconds"].items()} if "seconds" in topology else {}
+    if cycles:
+        ms = {part: count / ghz / 1e6 for part, count in cycles.items()} if ghz else {}
+    columns = [("10^6", "cycles", {part: count / 1e6 for part, count in cycles.items()})] if cycles else []
+    columns += [("", "ms", ms)] if ms else []
+    by, whose = ("the estimate of the", "compiler of a") if cycles else ("the roofline of an", "")
+    heads = (f"work of a device in the step, by {by}", f"{whose} {topology['kind']}".strip())
+    lines = ["", *(f"{head:<52}{''.join(f'{names[i]:>12}' for names in columns)}".rstrip() for i, head in enumerate(heads))]
+    for part in (*columns[0][2], "all"):
+        lines.append(f"  {part:<50}" + "".join(f"{of[part] if part in of else sum(of.values()):>12.1f}" for _, _, of in columns))
     if plan["method"] == "metatuner_i":
         lines.append("  of the task term, in whose turn the prompt term rests")
-    elif ghz:
-        rate = plan["flops"]["all"] / plan["devices"] / cycles["all"] * ghz / 1e3
+    elif ms:
+        rate = plan["flops"]["all"] / plan["devices"] / sum(ms.values()) / 1e9
         lines.append(f"  {rate:.0f} TFLOP/s, were nothing waited for that is sent or fetched")
     return lines

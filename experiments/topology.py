@@ -23,19 +23,20 @@ class Gpu:
     shared: int  # and KiB of shared memory
     cache: int  # MiB of the second level
     ghz: float
+    tflops: float  # of products of bfloat16, as NVIDIA states it, TFLOP/s
     bandwidth: float  # of the memory, TB/s
     memory: float  # GiB, as CUDA says it: a little less than on its box
 
 
 GPUS = {
-    "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 100, 48, 2.04, 0.3, 22.0),
-    "a10g": Gpu("NVIDIA A10G", (8, 6), 80, 128, 1536, 100, 6, 1.71, 0.6, 22.0),
-    "l40s": Gpu("NVIDIA L40S", (8, 9), 142, 128, 1536, 100, 96, 2.52, 0.864, 44.3),
-    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164, 40, 1.41, 1.555, 39.4),
-    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 164, 40, 1.41, 2.039, 79.2),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228, 50, 1.98, 3.352, 79.1),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 228, 50, 1.98, 4.8, 139.8),
-    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 2048, 228, 126, 1.965, 7.672, 178.3),
+    "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 100, 48, 2.04, 121, 0.3, 22.0),
+    "a10g": Gpu("NVIDIA A10G", (8, 6), 80, 128, 1536, 100, 6, 1.71, 70, 0.6, 22.0),
+    "l40s": Gpu("NVIDIA L40S", (8, 9), 142, 128, 1536, 100, 96, 2.52, 362, 0.864, 44.3),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164, 40, 1.41, 312, 1.555, 39.4),
+    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 164, 40, 1.41, 312, 2.039, 79.2),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228, 50, 1.98, 989, 3.352, 79.1),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 228, 50, 1.98, 989, 4.8, 139.8),
+    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 2048, 228, 126, 1.965, 2250, 7.672, 178.3),
 }
 PREALLOCATED = 0.75  # of a GPU's memory, which jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise
 
@@ -43,6 +44,11 @@ PREALLOCATED = 0.75  # of a GPU's memory, which jax takes where XLA_PYTHON_CLIEN
 def platform(topology: str) -> str:
     """Returns the platform of a topology's devices, "gpu" or "tpu"."""
     return "gpu" if topology.split(":")[0] in GPUS else "tpu"
+
+
+def gpu(topology: str) -> Gpu:
+    """Returns the kind of GPU that a topology is of."""
+    return GPUS[topology.split(":")[0]]
 
 
 def devices(topology: str):
@@ -58,7 +64,7 @@ def devices(topology: str):
         if not found:
             raise ValueError(f"of GPUs it is {kind}:8, or {kind}:2x8 of two hosts with eight each")
         shape = f"1x{found[1] or 1}x{found[2]}"
-        return topologies.get_topology_desc(platform="cuda", target_config=target(GPUS[kind]), topology=shape).devices
+        return topologies.get_topology_desc(platform="cuda", target_config=target(gpu(topology)), topology=shape).devices
     if not re.match("(?i)v[2-9]|tpu", kind):
         near = [name for name in GPUS if name.startswith(kind)] or difflib.get_close_matches(kind.lower(), GPUS, n=1)
         meant = f"did you mean {' or '.join(near)}? " if near else ""
@@ -68,27 +74,27 @@ def devices(topology: str):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **said).devices
 
 
-def target(gpu: Gpu) -> str:
-    """Returns a GPU as the text of XLA's message `GpuTargetConfigProto`."""
-    major, minor = gpu.capability
+def target(kind: Gpu) -> str:
+    """Returns a kind of GPU as the text of XLA's message `GpuTargetConfigProto`."""
+    major, minor = kind.capability
     return f"""
         gpu_device_info {{
-          name: "{gpu.name}"
+          name: "{kind.name}"
           cuda_compute_capability {{ major: {major} minor: {minor} }}
-          core_count: {gpu.cores}
-          fpus_per_core: {gpu.units}
-          clock_rate_ghz: {gpu.ghz}
+          core_count: {kind.cores}
+          fpus_per_core: {kind.units}
+          clock_rate_ghz: {kind.ghz}
           threads_per_warp: 32
           threads_per_block_limit: 1024
-          threads_per_core_limit: {gpu.threads}
+          threads_per_core_limit: {kind.threads}
           registers_per_core_limit: 65536
           registers_per_block_limit: 65536
-          shared_memory_per_core: {gpu.shared * 1024}
+          shared_memory_per_core: {kind.shared * 1024}
           shared_memory_per_block: 49152
-          shared_memory_per_block_optin: {(gpu.shared - 1) * 1024}
-          l2_cache_size: {gpu.cache * 2**20}
-          memory_bandwidth: {round(gpu.bandwidth * 1e12)}
-          device_memory_size: {round(gpu.memory * 2**30)}
+          shared_memory_per_block_optin: {(kind.shared - 1) * 1024}
+          l2_cache_size: {kind.cache * 2**20}
+          memory_bandwidth: {round(kind.bandwidth * 1e12)}
+          device_memory_size: {round(kind.memory * 2**30)}
           block_dim_limit_x: 2147483647
           block_dim_limit_y: 65535
           block_dim_limit_z: 65535
@@ -96,5 +102,5 @@ def target(gpu: Gpu) -> str:
         platform_name: "CUDA"
         dnn_version_info {{ major: 9 minor: 10 }}
         runtime_version {{ major: 12 minor: 8 }}
-        device_description_str: "{gpu.name}"
+        device_description_str: "{kind.name}"
     """

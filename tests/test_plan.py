@@ -381,7 +381,8 @@ def test_the_compiler_of_tpus_says_memory_and_work(folder, tmp_path, capsys, mon
 
 def of_gpu(size):
     """Returns what the compiler of a GPU says of a step that takes so many bytes."""
-    return {"arguments": 2**30, "temporary": size - 2**30, "bytes": size, "cycles": {}, "by_kind": NOTHING_SENT, "lower_s": 1.0, "compile_s": 2.0}
+    seconds = {"sampling": 0.004, "forward": 0.01, "backward": 0.02, "update and the rest": 0.006}
+    return {"arguments": 2**30, "temporary": size - 2**30, "bytes": size, "seconds": seconds, "by_kind": NOTHING_SENT, "lower_s": 1.0, "compile_s": 2.0}
 
 
 @pytest.mark.parametrize(("arguments", "share", "limit"), [
@@ -396,6 +397,8 @@ def test_a_gpu_has_the_memory_that_jax_takes(folder, tmp_path, capsys, monkeypat
     text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert found["memory"]["limit"] == int(limit * 2**30) and found["memory"]["fits"] and found["dtype"] == "bfloat16"
     assert "  temporary" in text and "cycles" not in text and ("that jax takes" in text) == (limit != 60)
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    assert {"NVIDIA H100 80GB HBM3 ms", "sampling 4.0", "backward 20.0", "all 40.0"} <= lines
 
 
 def test_of_a_gpu_more_may_be_taken(folder, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """The step is compiled for GPUs where there are none: their compiler comes with jax's plugin for CUDA (`make gpu`)."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench, compiled, plan, topology
+from experiments import bench, compiled, plan, roofline, topology
 from metatuner_jax import config as config_lib
 from metatuner_jax import data, generator, methods, product, sharding
 
@@ -28,7 +29,7 @@ def test_every_kind_of_gpu_is_one_that_its_compiler_takes(kind):
         jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
         for axes in (("rows",), ())
     )  # fmt: skip
-    program = jax.jit(lambda x, w: (x @ w).sum()).trace(x, w).lower(lowering_platforms=("cuda",)).compile(compiled.OPTIONS["gpu"])
+    program = jax.jit(lambda x, w: (x @ w).sum()).trace(x, w).lower(lowering_platforms=("cuda",)).compile()
     assert "all-reduce" in program.as_text()
 
 
@@ -41,7 +42,7 @@ def test_the_step_compiles_for_gpus_and_takes_what_is_planned(shape, train):
     )  # fmt: skip
     setup = generator.Setup(methods.resolve(config), MODEL, MODEL, bench.END, (3, 4, 5))
     mesh = sharding.make_mesh(config_lib.MeshConfig(*shape), topology.devices("h100:4"))
-    program = compiled.lower_step(setup, LENGTHS, mesh, "gpu").compile(compiled.OPTIONS["gpu"])
+    program = compiled.lower_step(setup, LENGTHS, mesh, "gpu").compile()
     memory, lines = compiled.memory_of(program), compiled.run_lines(program.as_text(), setup)
     sent = compiled.read_collectives(lines, setup)
     with product.written_for("gpu"):
@@ -65,21 +66,27 @@ def test_the_step_compiles_for_gpus_and_takes_what_is_planned(shape, train):
 
 
 @pytest.mark.parametrize("part", json.loads(MEASURED.read_text())["settings"]["parts"])
-def test_memory_is_that_of_a_card_which_was_there(part, work, monkeypatch):
-    """The benchmark's parts, compiled without a card, take the memory that they took on one, compiled there."""
-    place = jax.sharding.SingleDeviceSharding(topology.devices("h100:1")[0])
+def test_memory_and_time_are_those_of_a_card_which_was_there(part, work, monkeypatch):
+    """The benchmark's parts, compiled without a card, take the memory, and by their roofline the time, that they took on one."""
+    place, texts = jax.sharding.SingleDeviceSharding(topology.devices("h100:1")[0]), []
 
     def compile(function, *args):
         args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), args)
-        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-        return None, 0.0, bench.sizes(lowered.compile(compiled.OPTIONS["gpu"]))
+        program = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile()
+        texts.append(program.as_text())
+        return None, 0.0, bench.sizes(program)
 
     monkeypatch.setattr(bench, "compiled", compile)
     with product.written_for("gpu"):
-        found = bench.PARTS[part](work).temporary
-    measured = json.loads(MEASURED.read_text())["parts"]["bfloat16"][part]["temporary_bytes"]
-    print(f"\n{part}: {found / 2**30:.3f} GiB, {measured / 2**30:.3f} on the card")
-    assert found == pytest.approx(measured, rel=0.03)
+        memory = bench.PARTS[part](work).temporary
+    config = work.setup.config  # of the loop whose turns are not known, which decoding alone has, this says how many there are
+    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, max_prompt_tokens=bench.DECODE_NEW))
+    lines = compiled.run_lines(texts[0], dataclasses.replace(work.setup, config=config))
+    seconds = sum(roofline.seconds(texts[0], lines, topology.GPUS["h100"]).values())
+    measured = json.loads(MEASURED.read_text())["parts"]["bfloat16"][part]
+    print(f"\n{part}: {memory / 2**30:.3f} GiB and {1e3 * seconds:.1f} ms, on the card {measured['temporary_bytes'] / 2**30:.3f} and {1e3 * measured['median_s']:.1f}")
+    assert memory == pytest.approx(measured["temporary_bytes"], rel=0.05)
+    assert seconds == pytest.approx(measured["median_s"], rel=0.1)
 
 
 @pytest.fixture(scope="module")
