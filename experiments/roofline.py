@@ -56,12 +56,11 @@ class Program:
             return int(read) + self.written(called), self.products(called)
         of = self.computations[computation]
         operands = [size(of[operand].shape) for operand in one.operands if operand in of]
-        result = size(re.sub(r"\bs8\[\d+\]", "", one.shape)) if one.opcode == "custom-call" else size(one.shape)  # without the workspace
         if one.opcode == "dynamic-update-slice":
             return 2 * operands[1], 0.0
         if one.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * result, 0.0
-        return result + sum(operands), self._product(computation, one)
+            return 2 * _made(one), 0.0
+        return _made(one) + sum(operands), self._product(computation, one)
 
     def used(self, computation: str, name: str) -> float:
         """Returns the largest share of an array that its users within a fused computation read."""
@@ -104,7 +103,7 @@ class Program:
             return size(of[one.operands[1]].shape)
         if one.opcode == "parameter":
             return 0
-        return size(re.sub(r"\bs8\[\d+\]", "", one.shape)) if one.opcode == "custom-call" else size(one.shape)
+        return _made(one)
 
     def products(self, computation: str) -> float:
         """Returns the floating-point operations of the products in a fused computation."""
@@ -144,6 +143,11 @@ def _users(computation) -> dict[str, list[tuple[str, int]]]:
 def _called(one: Instruction) -> str | None:
     found = re.search(rf"\bcalls={NAME}", one.text)
     return found[1] if found else None
+
+
+def _made(one: Instruction) -> int:
+    """Returns the bytes of what an instruction yields, without the workspace of cuBLAS."""
+    return size(re.sub(r"\bs8\[\d+\]", "", one.shape) if one.opcode == "custom-call" else one.shape)
 
 
 def _inside(text: str) -> str:

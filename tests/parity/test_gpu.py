@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps import LENGTHS, MODEL, ROWS, setup_of
 
 from experiments import bench, compiled, plan, roofline, topology
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, generator, methods, product, sharding
+from metatuner_jax import product, sharding
 
-MODEL, ROWS = bench.SHAPES["smollm2-135m"], 64
-LENGTHS = data.Lengths(bench.QUERY, bench.ACTOR_QUERY, bench.ANSWER)
 MEASURED = pathlib.Path(__file__).parents[2] / "results" / "bench" / "nvidia-h100-jax-0.11-qwen2.5-1.5b.json"
 
 
@@ -35,12 +34,7 @@ def test_every_kind_of_gpu_is_one_that_its_compiler_takes(kind):
 
 @pytest.mark.parametrize(("shape", "train"), [((4, 1, 1), "lora"), ((1, 4, 1), "full")], ids=str)
 def test_the_step_compiles_for_gpus_and_takes_what_is_planned(shape, train):
-    same = {"model": "SmolLM2-135M"}
-    config = config_lib.make(
-        dtype="bfloat16", generator={"max_prompt_tokens": bench.PROMPT, "train": train, **same}, actor={"max_answer_tokens": bench.ANSWER, **same},
-        train={"batch_size": ROWS},
-    )  # fmt: skip
-    setup = generator.Setup(methods.resolve(config), MODEL, MODEL, bench.END, (3, 4, 5))
+    setup = setup_of(train)
     mesh = sharding.make_mesh(config_lib.MeshConfig(*shape), topology.devices("h100:4"))
     program = compiled.lower_step(setup, LENGTHS, mesh, "gpu").compile()
     memory, lines = compiled.memory_of(program), compiled.run_lines(program.as_text(), setup)

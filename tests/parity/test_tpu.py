@@ -5,24 +5,17 @@ import re
 
 import numpy as np
 import pytest
+from steps import LENGTHS, MODEL, ROWS, setup_of
 
-from experiments import bench, compiled, plan
+from experiments import compiled, plan, topology
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, generator, methods, sharding
-
-MODEL, ROWS = bench.SHAPES["smollm2-135m"], 64
-LENGTHS = data.Lengths(bench.QUERY, bench.ACTOR_QUERY, bench.ANSWER)
+from metatuner_jax import sharding
 
 
 @pytest.mark.parametrize(("shape", "train"), [((4, 1, 1), "lora"), ((1, 4, 1), "full")], ids=str)
 def test_the_step_compiles_for_tpus_and_fits(shape, train):
-    same = {"model": "SmolLM2-135M"}
-    config = config_lib.make(
-        dtype="bfloat16", generator={"max_prompt_tokens": bench.PROMPT, "train": train, **same}, actor={"max_answer_tokens": bench.ANSWER, **same},
-        train={"batch_size": ROWS},
-    )  # fmt: skip
-    setup = generator.Setup(methods.resolve(config), MODEL, MODEL, bench.END, (3, 4, 5))
-    mesh = sharding.make_mesh(config_lib.MeshConfig(*shape), compiled.tpus("v5e:2x2"))
+    setup = setup_of(train)
+    mesh = sharding.make_mesh(config_lib.MeshConfig(*shape), topology.devices("v5e:2x2"))
     program = compiled.lower_step(setup, LENGTHS, mesh, "tpu").compile()
     text, memory = program.as_text(), compiled.memory_of(program)
     lines = compiled.run_lines(text, setup)
