@@ -724,8 +724,9 @@ def main(arguments=None) -> int:
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # before jax reads it: such a cache would hide the time to compile
-    if given.against:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # of a GPU's memory; the other half is torch's
+    told = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")  # jax is to be told by one of them
+    if given.against and not told:
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.5"  # of a GPU's memory; the other half is torch's
     found = measure(given)
     print()
     for dtype, ceiling in found["ceilings"].items():

@@ -103,6 +103,7 @@ def child(jobs, devices: int = 1) -> list[dict]:
       RuntimeError: what is wrong, in one line.
     """
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = flags if devices > 1 else f"{os.environ.get('XLA_FLAGS', '')} {flags}"  # a topology is compiled for as a run there would be
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a program out of it says nothing of its collectives
     done = subprocess.run(
@@ -184,13 +185,6 @@ class Line:
     sampling: bool  # in the loop that samples prompts
     fused: bool  # in an instruction that stands for several, with a line of its own
 
-    @property
-    def part(self) -> str:
-        """The part of a step that it belongs to."""
-        op = re.search(r'op_name="([^"]*)"', self.text)
-        name = op[1] if op else ""
-        return "sampling" if self.sampling else "backward" if "transpose(jvp" in name else "forward" if "jvp(" in name else "update and the rest"
-
 
 def run_lines(text: str, setup) -> list[Line]:
     """Returns the instructions that a compiled program runs; what is in a loop runs as often as the loop is gone through."""
@@ -215,7 +209,7 @@ def run_lines(text: str, setup) -> list[Line]:
                 often = times * (max(setup.config.generator.max_prompt_tokens - 1, 1) if turns is None else turns)
                 for part in loop.groups() if turns is None else (loop[2],):  # what is only counted is not asked for on a device
                     walk(part, often, sampling or turns is None, fused)
-            for called in re.findall(r"(?:\bcall\(.*to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
+            for called in re.findall(r"(?: call\(.*to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
                 walk(called, times, sampling, fused)
             for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
                 for called in group.split(","):
@@ -265,11 +259,11 @@ def read_cycles(lines: list[Line]) -> dict[str, int]:
 
     What is sent between devices or fetched ahead, beside the work, is not in them.
     """
-    found = {"sampling": 0, "forward": 0, "backward": 0, "update and the rest": 0}
+    found = dict.fromkeys(roofline.PARTS, 0)
     for line in lines:
         cycles = None if line.fused else re.search(r'"estimated_cycles":"(\d+)"', line.text)
         if cycles:
-            found[line.part] += line.times * int(cycles[1])
+            found[roofline.part_of(line.text, line.sampling)] += line.times * int(cycles[1])
     return found
 
 

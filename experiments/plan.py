@@ -125,9 +125,9 @@ def _number(options, name, kind):
 
 
 def topology_of(name: str, devices: int | None, memory: float | None) -> dict:
-    """Returns {"name", "platform", "devices", "kind", "memory", "share", "ghz"} of a topology of TPUs or GPUs, none of which need be there.
+    """Returns {"name", "platform", "devices", "kind", "memory", "share", "variable", "ghz"} of a topology of TPUs or GPUs, none of which need be there.
 
-    Memory is the GiB of a device that a run may take, which is a share of what a GPU has; the clock is None if it is not known.
+    Memory is the GiB of a device that a run may take, of a GPU the share that a variable of the environment says; a clock that is not known is None.
 
     Raises:
       run.Mistake: there is no such topology, no compiler for it, or it has not as many devices as are asked for.
@@ -149,25 +149,26 @@ def topology_of(name: str, devices: int | None, memory: float | None) -> dict:
         raise run_lib.Mistake(f"--topology={name} cannot be looked up: {text}") from None
     if devices not in (None, found["devices"]):
         raise run_lib.Mistake(f"--topology={name} has {found['devices']} devices and --devices={devices}: leave --devices out")
-    share, ghz = None, None
+    share, variable, ghz = None, None, None
     if platform == "tpu":
         memory_of_kind, ghz = topology_lib.TPUS.get(found["kind"], (None, None))
         memory = memory or memory_of_kind
     elif memory is None:
-        share = gpu_share()
+        share, variable = gpu_share()
         memory = share * topology_lib.gpu(name).memory
     if memory is None:
         raise run_lib.Mistake(f"--topology={name} is of {found['kind']}, of which no memory is known: say it with --memory")
-    return {"name": name, "platform": platform, **found, "memory": memory, "share": share, "ghz": ghz}
+    return {"name": name, "platform": platform, **found, "memory": memory, "share": share, "variable": variable, "ghz": ghz}
 
 
-def gpu_share() -> float:
-    """Returns the share of a GPU's memory that jax takes, as the environment has it. Raises run.Mistake where that is none."""
-    said = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", topology_lib.PREALLOCATED)
+def gpu_share() -> tuple[float, str]:
+    """Returns the share of a GPU's memory that jax takes, as the environment has it, and the variable that says so; raises run.Mistake where it says none."""
+    name = next((name for name in topology_lib.SHARES if os.environ.get(name)), topology_lib.SHARES[0])
+    said = os.environ.get(name) or topology_lib.PREALLOCATED
     with contextlib.suppress(ValueError):
         if 0 < float(said) <= 1:
-            return float(said)
-    raise run_lib.Mistake(f"XLA_PYTHON_CLIENT_MEM_FRACTION={said} in the environment must be above 0 and at most 1")
+            return float(said), name
+    raise run_lib.Mistake(f"{name}={said} in the environment must be above 0 and at most 1")
 
 
 def device_memory() -> float:
@@ -604,7 +605,7 @@ def refuse(setup, lengths, mesh, plan, memory_limit: float) -> str:
         best = fitting[0] if fitting else min(mild or tried, key=lambda one: one[0], default=None)
         if best is None or best[0] >= peak:
             help = f"{' and '.join(taken)} would bring it to {gib(peak)}, and no option further" if taken else "no option lowers it"
-            return text + f"{help}: take more devices (--devices), devices with more memory or smaller models"
+            return text + f"{help}: take more devices (--{'topology' if plan.get('topology') else 'devices'}), devices with more memory or smaller models"
         peak, name, setup, mesh = best
         taken = [*(one for one in taken if one.split("=")[0] not in {new.split("=")[0] for new in name.split()}), *name.split()]
     return text + f"{' '.join(f'--config.{one}' for one in taken)} brings it to {gib(peak)}"
@@ -622,11 +623,11 @@ def refuse_compiled(config, mesh, plan, memory_limit: float) -> str | None:
 
 def more_of_gpu(plan) -> str:
     """Returns what is added to a refusal where a GPU has the memory, but jax does not take it; else nothing."""
-    found, most = plan["topology"], 0.95
+    found, most, rest = plan["topology"], 0.95, 1.0  # GiB that CUDA and its libraries may take beside it
     needs = max(plan["memory"]["peak"], found.get("bytes", 0)) / GIB
-    if needs > most * found["memory"] / found["share"]:
+    if "RESOURCE_EXHAUSTED" in plan["collectives"].get("failed", "") or needs > most * found["memory"] / found["share"] - rest:
         return ""
-    return f"; or set XLA_PYTHON_CLIENT_MEM_FRACTION={most}: jax takes {found['share']:.0%} of a GPU's memory"
+    return f"; or set {found['variable']}={most}: jax takes {found['share']:.0%} of a GPU's memory"
 
 
 # --- the table ---
@@ -660,8 +661,8 @@ def table(plan: dict) -> str:
     lines.append(f"  {'all':<50}" + "".join(f"{memory['totals'][name] / GIB:>12.3f}" for name in names))
     if "limit" in memory:
         verdict = "fits" if memory["fits"] else "does not fit"
-        share = (plan.get("topology") or {}).get("share")
-        of_gpu = f", the {share:.0%} of a GPU's that jax takes (XLA_PYTHON_CLIENT_MEM_FRACTION)" if share else ""
+        topology = plan.get("topology") or {}
+        of_gpu = f", the {topology['share']:.0%} of a GPU's that jax takes ({topology['variable']})" if topology.get("share") else ""
         lines.append(f"  the {memory['largest']} takes most; of {memory['limit'] / GIB:.2f} GiB a device{of_gpu}: {verdict}")
     if plan["flops"]:
         lines += ["", f"{'FLOPs of a step, all devices':<52}{'10^12':>12}"]

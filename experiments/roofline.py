@@ -16,6 +16,8 @@ START_S = 1e-6  # until a kernel that follows another one is at work
 NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id"}
 COLLECTIVES = re.compile(r"all-gather|all-reduce|reduce-scatter|all-to-all|collective|send|recv")
 NAME = r"%?([\w.-]+)"
+SLICES = ("dynamic-slice", "slice", "gather")
+PARTS = ("sampling", "forward", "backward", "update and the rest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Program:
         self.known: dict[tuple[str, str], float] = {}  # what `used` has found
 
     def kernel(self, computation: str, name: str) -> tuple[int, float]:
-        """Returns (bytes, floating-point operations with a number of two bytes) of an instruction, both 0 where it is no kernel."""
+        """Returns (bytes, floating-point operations) of an instruction, both 0 where it is no kernel; operations on float32 count twice, as they take twice as long."""
         one = self.computations[computation][name]
         if one.opcode in NO_WORK or one.opcode.endswith("-done") or COLLECTIVES.search(one.opcode):
             return 0, 0.0
@@ -58,12 +60,14 @@ class Program:
         operands = [size(of[operand].shape) for operand in one.operands if operand in of]
         if one.opcode == "dynamic-update-slice":
             return 2 * operands[1], 0.0
-        if one.opcode in ("dynamic-slice", "slice", "gather"):
+        if one.opcode in SLICES:
             return 2 * _made(one), 0.0
+        if one.opcode == "copy-start":
+            return 2 * operands[0], 0.0
         return _made(one) + sum(operands), self._product(computation, one)
 
     def used(self, computation: str, name: str) -> float:
-        """Returns the largest share of an array that its users within a fused computation read."""
+        """Returns the share of an array that its users within a fused computation read: of slices all that differ, else the largest."""
         if (computation, name) not in self.known:
             self.known[computation, name] = min(self._used(computation, name), 1.0)
         return self.known[computation, name]
@@ -72,21 +76,21 @@ class Program:
         found, one = 0.0, self.computations[computation][name]
         if one.root:
             return 1.0
-        count = elements(one.shape)
+        count, slices = elements(one.shape), {}
         for user_name, place in self.users[computation].get(name, ()):
             user = self.computations[computation][user_name]
             called = _called(user)
             if called:
                 found = max(found, self.used(called, self._parameters(called)[place][0]))
-            elif user.opcode in ("dynamic-slice", "slice", "gather"):
-                found = max(found, elements(user.shape) / count if place == 0 else 1.0)
+            elif user.opcode in SLICES and place == 0:
+                slices[user.opcode, user.operands, _where(user)] = elements(user.shape) / count
             elif user.opcode == "dynamic-update-slice":
                 found = max(found, 0.0 if place == 0 else 1.0)  # it is changed in its place
             elif user.opcode not in ("tuple", "custom-call", "dot") and elements(user.shape) == count:
                 found = max(found, self.used(computation, user_name))
             else:
                 return 1.0
-        return found
+        return max(found, sum(slices.values()))
 
     def written(self, computation: str, name: str | None = None) -> int:
         """Returns the bytes that a fused computation writes."""
@@ -99,11 +103,27 @@ class Program:
             return sum(self.written(computation, operand) for operand in one.operands)
         if one.opcode == "bitcast":
             return self.written(computation, one.operands[0])
-        if one.opcode == "dynamic-update-slice":
-            return size(of[one.operands[1]].shape)
+        if one.opcode in ("dynamic-update-slice", "scatter") and self._is_given(computation, one.operands[0]):
+            return size(of[one.operands[-1 if one.opcode == "scatter" else 1]].shape)
+        if one.opcode == "get-tuple-element":
+            return size(re.sub(r"\bs8\[\d+\]", "", one.shape))
         if one.opcode == "parameter":
             return 0
         return _made(one)
+
+    def _is_given(self, computation: str, name: str) -> bool:
+        """Returns whether an array is a parameter, which is changed in its place."""
+        one = self.computations[computation][name]
+        return one.opcode == "parameter" or (one.opcode == "bitcast" and self._is_given(computation, one.operands[0]))
+
+    def labelled(self, computation: str, name: str) -> str:
+        """Returns the text of an instruction, or of one within it, that says where in the source it comes from; "" where none does."""
+        one = self.computations[computation][name]
+        called = _called(one)
+        if "op_name=" in one.text or not called:
+            return one.text if "op_name=" in one.text else ""
+        inner = sorted(self.computations[called].items(), key=lambda item: not item[1].root)
+        return next((text for inside, _ in inner if (text := self.labelled(called, inside))), "")
 
     def products(self, computation: str) -> float:
         """Returns the floating-point operations of the products in a fused computation."""
@@ -138,6 +158,11 @@ def _users(computation) -> dict[str, list[tuple[str, int]]]:
         for place, operand in enumerate(one.operands):
             found.setdefault(operand, []).append((name, place))
     return found
+
+
+def _where(one: Instruction) -> str:
+    found = re.search(r"\b(?:slice|dynamic_slice_sizes|slice_sizes)=\{[^}]*\}", one.text)
+    return found[0] if found else ""
 
 
 def _called(one: Instruction) -> str | None:
@@ -177,6 +202,13 @@ def elements(shape: str) -> int:
     return sum(math.prod(dims) for _, _, dims in _arrays(shape))
 
 
+def part_of(text: str, sampling: bool) -> str:
+    """Returns the part of a step that an instruction belongs to, by its text."""
+    op = re.search(r'op_name="([^"]*)"', text)
+    name = op[1] if op else ""
+    return "sampling" if sampling else "backward" if "transpose(jvp" in name else "forward" if "jvp(" in name else "update and the rest"
+
+
 def seconds(text: str, lines, gpu: Gpu) -> dict[str, float]:
     """Returns for how long a GPU is at work on a compiled program, by part; what GPUs send each other is not in it.
 
@@ -184,10 +216,11 @@ def seconds(text: str, lines, gpu: Gpu) -> dict[str, float]:
       text: the program.
       lines: `compiled.run_lines` of it.
     """
-    program, found = Program(text), dict.fromkeys(("sampling", "forward", "backward", "update and the rest"), 0.0)
+    program, found = Program(text), dict.fromkeys(PARTS, 0.0)
     for line in lines:
         one = None if line.fused else re.match(rf"\s+(?:ROOT )?{NAME} = ", line.text)
         moved, multiplied = program.kernel(line.computation, one[1]) if one else (0, 0.0)
-        if moved:
-            found[line.part] += line.times * (START_S + max(moved / (REACHED_BANDWIDTH * gpu.bandwidth * 1e12), multiplied / (REACHED_FLOPS * gpu.tflops * 1e12)))
+        if one and moved:
+            part = part_of(program.labelled(line.computation, one[1]), line.sampling)
+            found[part] += line.times * (START_S + max(moved / (REACHED_BANDWIDTH * gpu.bandwidth * 1e12), multiplied / (REACHED_FLOPS * gpu.tflops * 1e12)))
     return found

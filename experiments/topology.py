@@ -1,7 +1,6 @@
 """TPUs and GPUs that need not be there: which there are, and what is known of each kind beside its compiler."""
 
 import dataclasses
-import difflib
 import re
 from typing import Any
 
@@ -38,7 +37,8 @@ GPUS = {
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 228, 50, 1.98, 989, 4.8, 139.8),
     "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 2048, 228, 126, 1.965, 2250, 7.672, 178.3),
 }
-PREALLOCATED = 0.75  # of a GPU's memory, which jax takes where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise
+PREALLOCATED = 0.75  # of a GPU's memory, which jax takes where the environment does not say otherwise
+SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the variables that do, the second one of old
 
 
 def platform(topology: str) -> str:
@@ -66,7 +66,7 @@ def devices(topology: str):
         shape = f"1x{found[1] or 1}x{found[2]}"
         return topologies.get_topology_desc(platform="cuda", target_config=target(gpu(topology)), topology=shape).devices
     if not re.match("(?i)v[2-9]|tpu", kind):
-        near = [name for name in GPUS if name.startswith(kind)] or difflib.get_close_matches(kind.lower(), GPUS, n=1)
+        near = [name for name in GPUS if kind and (name.startswith(kind.lower()) or kind.lower().startswith(name))]
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"{meant}GPUs are {', '.join(GPUS)}")
     said: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1(x1)*", topology) else {}  # fewer than a host has otherwise

@@ -5,6 +5,7 @@ once the checkpoint is whole, and what does not agree with its sums is set aside
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -175,17 +176,20 @@ def _reason(error: Exception) -> str:
     return os.strerror(int(number[1])) if number else str(error)
 
 
-def _hushed(plain):
-    """Returns `sys.unraisablehook` without the traces, by the hundred, of what was still being written when one write failed.
+def _report(plain, unraisable) -> None:
+    error, trace = unraisable.exc_value, unraisable.exc_traceback
+    closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not (closed and trace and trace.tb_frame.f_code.co_name == "call_soon_threadsafe"):
+        plain(unraisable)
 
-    Orbax has closed the event loop that tensorstore's threads report to by then.
+
+def _hush() -> None:
+    """Keeps traces of what was still being written when one write failed from standard error, where there would be hundreds.
+
+    Orbax has closed the event loop by then that tensorstore's threads report to.
     """
-
-    def hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            plain(unraisable)
-
-    return hook
+    if getattr(sys.unraisablehook, "func", None) is not _report:
+        sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
 
 
 class Checkpoints:
@@ -234,16 +238,14 @@ class Checkpoints:
             self.writer.join()
         self.tend()
 
-    def _finish(self, step: int, plain) -> None:
+    def _finish(self, step: int) -> None:
         try:
             self.manager.wait_until_finished()
             self._write_sums()
-            sys.unraisablehook = plain
         except Exception as error:
             self.failure = RuntimeError(f"the checkpoint of step {step} could not be written: {_reason(error)}; those before it are kept")
             self.failure.__cause__ = error
-            # The hook stays: more traces may come. And there are writes that had not begun.
-            warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
+            warnings.filterwarnings("ignore", r"coroutine '.*write_fragment' was never awaited", RuntimeWarning)  # of what had not begun
 
     def _write_sums(self) -> None:
         if processes.group.index:
@@ -270,9 +272,9 @@ class Checkpoints:
         """Starts writing a checkpoint, and then its sums, in the background; the error of an earlier write is raised here."""
         self.wait()
         self.say(f"checkpoint {step} is being written")
-        plain, sys.unraisablehook = sys.unraisablehook, _hushed(sys.unraisablehook)
+        _hush()
         self.manager.save(step, args=ocp.args.StandardSave(state), metrics={"validation": validation, "step": step})
-        self.writer = threading.Thread(target=self._finish, args=(step, plain))
+        self.writer = threading.Thread(target=self._finish, args=(step,))
         self.writer.start()
 
     def restore(self, step: int, like):

@@ -1,5 +1,6 @@
 """What goes wrong on a machine costs no more than what was done since the newest good checkpoint."""
 
+import asyncio
 import collections
 import fcntl
 import json
@@ -9,7 +10,9 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +261,23 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_had_not_been(root, tmp_path):
     code, output = start(command(root, folder, *LONG))
     assert code == 0 and "resuming at step" in output
     assert_same(folder, whole)
+
+
+def test_only_traces_of_late_writes_are_kept_quiet(monkeypatch):
+    class Thing:
+        pass
+
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: said.append(str(unraisable.exc_value)))
+    checkpoint._hush()
+    checkpoint._hush()
+    loop = asyncio.new_event_loop()
+    loop.close()
+    for callback in (loop.call_soon_threadsafe, lambda _: loop.run_until_complete(None), lambda _: 1 / 0):
+        thing = Thing()
+        reference = weakref.ref(thing, callback)  # what it raises has nobody to go to
+        del thing, reference
+    assert said == ["Event loop is closed", "division by zero"]
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(root, tmp_path):

@@ -385,13 +385,20 @@ def of_gpu(size):
     return {"arguments": 2**30, "temporary": size - 2**30, "bytes": size, "seconds": seconds, "by_kind": NOTHING_SENT, "lower_s": 1.0, "compile_s": 2.0}
 
 
+@pytest.fixture
+def no_share(monkeypatch):
+    """Has the environment say nothing of the share of a GPU's memory that jax takes."""
+    for name in topology_lib.SHARES:
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize(("arguments", "share", "limit"), [
-    (("--topology=h100:4",), None, 0.75 * 79.1), (("--topology=h100:4",), "0.9", 0.9 * 79.1), (("--topology=h100:2x2", "--memory=60"), None, 60),
-], ids=["by default", "as the environment says", "as is said"])  # fmt: skip
-def test_a_gpu_has_the_memory_that_jax_takes(folder, tmp_path, capsys, monkeypatch, arguments, share, limit):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    if share:
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    (("--topology=h100:4",), {}, 0.75 * 79.1), (("--topology=h100:4",), {"XLA_CLIENT_MEM_FRACTION": "0.9"}, 0.9 * 79.1),
+    (("--topology=h100:4",), {"XLA_CLIENT_MEM_FRACTION": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, 0.5 * 79.1), (("--topology=h100:2x2", "--memory=60"), {}, 60),
+], ids=["by default", "as the environment says", "as it said of old", "as is said"])  # fmt: skip
+def test_a_gpu_has_the_memory_that_jax_takes(folder, tmp_path, capsys, monkeypatch, no_share, arguments, share, limit):
+    for name, value in share.items():
+        monkeypatch.setenv(name, value)
     answer(monkeypatch, ("NVIDIA H100 80GB HBM3", [of_gpu(3 * 2**30)]))
     assert start(folder, *arguments, "--config.dtype=auto", f"--json={tmp_path}/plan.json") == 0
     text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
@@ -401,22 +408,41 @@ def test_a_gpu_has_the_memory_that_jax_takes(folder, tmp_path, capsys, monkeypat
     assert {"NVIDIA H100 80GB HBM3 ms", "sampling 4.0", "backward 20.0", "all 40.0"} <= lines
 
 
-def test_of_a_gpu_more_may_be_taken(folder, capsys, monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+def test_of_a_gpu_more_may_be_taken(folder, capsys, monkeypatch, no_share):
     for size, helps in ((70 * 2**30, True), (78 * 2**30, False)):
         answer(monkeypatch, ("NVIDIA H100 80GB HBM3", [of_gpu(size)]))
         assert start(folder, "--topology=h100:4") == 1
         line = capsys.readouterr().err.strip()
         assert f"the step takes {size / 2**30:.2f} GiB of each device's 59.32 GiB, by the compiler of h100:4: set train.remat=all" in line
-        assert line.endswith("; or set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: jax takes 75% of a GPU's memory") == helps and "\n" not in line
+        assert line.endswith("; or set XLA_CLIENT_MEM_FRACTION=0.95: jax takes 75% of a GPU's memory") == helps and "\n" not in line
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.00001")
+    answer(monkeypatch, ("NVIDIA H100 80GB HBM3", [of_gpu(2**30)]))
+    assert start(folder, "--topology=h100:4") == 1
+    line = capsys.readouterr().err.strip()
+    assert "take more devices (--topology)" in line and line.endswith("; or set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: jax takes 0% of a GPU's memory")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75%")
     assert start(folder, "--topology=h100:4") == 2
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION=75% in the environment must be above 0 and at most 1" in capsys.readouterr().err
 
 
+def test_of_what_the_compiler_of_a_gpu_refuses_nothing_more_is_promised(folder, capsys, monkeypatch, no_share):
+    answer(monkeypatch, ("NVIDIA H100 80GB HBM3", [of_gpu(2**30)]))
+    refused = RuntimeError("JaxRuntimeError: RESOURCE_EXHAUSTED: 90G")
+    monkeypatch.setattr(compiled_lib, "of_step", lambda *args: (_ for _ in ()).throw(refused))
+    assert start(folder, "--topology=h100:4") == 1
+    assert "takes more than there is of each device's 59.32 GiB" in (line := capsys.readouterr().err) and "MEM_FRACTION" not in line
+
+
+def test_the_compiler_of_gpus_may_have_to_be_installed(folder, capsys, monkeypatch):
+    answer(monkeypatch, RuntimeError("NotImplementedError: topology not implemented for cuda"))
+    assert start(folder, "--topology=h100:4") == 2
+    assert "--topology=h100:4 needs the compiler of GPUs, which comes with `pip install -e .[cuda]`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "message"), [
     ("h100", "of GPUs it is h100:8, or h100:2x8"), ("h100:0", "of GPUs it is"), ("h100:8x", "of GPUs it is"), ("h100:1x2x8", "of GPUs it is"),
-    ("a100:8", "did you mean a100-40gb or a100-80gb? GPUs are l4"), ("H100:8", "did you mean h100?"), ("rtx:8", "^GPUs are l4, a10g"),
+    ("a100:8", "did you mean a100-40gb or a100-80gb? GPUs are l4"), ("H100:8", "did you mean h100?"), ("h100-80gb:8", "did you mean h100?"),
+    ("rtx:8", "^GPUs are l4, a10g"), ("v100:8", "^GPUs are"), (":8", "^GPUs are"),
 ])  # fmt: skip
 def test_what_is_no_topology_of_gpus_is_told(name, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
