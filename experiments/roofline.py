@@ -76,7 +76,7 @@ class Program:
         found, one = 0.0, self.computations[computation][name]
         if one.root:
             return 1.0
-        count, slices = elements(one.shape), {}
+        count, slices = max(elements(one.shape), 1), {}
         for user_name, place in self.users[computation].get(name, ()):
             user = self.computations[computation][user_name]
             called = _called(user)
