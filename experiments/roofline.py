@@ -105,11 +105,7 @@ class Program:
             return self.written(computation, one.operands[0])
         if one.opcode in ("dynamic-update-slice", "scatter") and self._is_given(computation, one.operands[0]):
             return size(of[one.operands[-1 if one.opcode == "scatter" else 1]].shape)
-        if one.opcode == "get-tuple-element":
-            return size(re.sub(r"\bs8\[\d+\]", "", one.shape))
-        if one.opcode == "parameter":
-            return 0
-        return _made(one)
+        return 0 if one.opcode == "parameter" else _made(one)
 
     def _is_given(self, computation: str, name: str) -> bool:
         """Returns whether an array is a parameter, which is changed in its place."""
@@ -172,7 +168,7 @@ def _called(one: Instruction) -> str | None:
 
 def _made(one: Instruction) -> int:
     """Returns the bytes of what an instruction yields, without the workspace of cuBLAS."""
-    return size(re.sub(r"\bs8\[\d+\]", "", one.shape) if one.opcode == "custom-call" else one.shape)
+    return size(re.sub(r"\bs8\[\d+\]", "", one.shape) if one.opcode in ("custom-call", "get-tuple-element") else one.shape)
 
 
 def _inside(text: str) -> str:

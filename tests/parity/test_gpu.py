@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import math
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import LENGTHS, MODEL, ROWS, setup_of
+from steps import LENGTHS, MODEL, ROWS, gathered, kernel_bytes, setup_of
 
 from experiments import bench, compiled, plan, roofline, topology
 from metatuner_jax import config as config_lib
@@ -44,18 +42,13 @@ def test_the_step_compiles_for_gpus_and_takes_what_is_planned(shape, train):
     print(f"\ndata, fsdp, tensor = {shape}, {train}: {memory['bytes'] / 2**30:.2f} GiB a device, planned {planned / 2**30:.2f}; {sent}")
     assert 0.8 < memory["bytes"] / planned < 1.1
 
-    kernels = 2 * sum(math.prod(config_lib.projection_widths(MODEL, name)) for name in config_lib.PROJECTIONS) * MODEL.num_layers
-    gathered = [
-        (math.prod(int(n) for n in dims.split(",")), line.sampling)
-        for line in lines
-        for arrays in re.findall(r"= (.+) all-gather(?:-start)?\(", line.text)
-        for dims in re.findall(r"\w\[([\d,]+)\]", arrays)
-    ]
+    kernels = kernel_bytes()
+    brought = gathered(lines)
     if shape == (4, 1, 1):  # the rows' LoRA stay where they are, but for those of the few rows that are diagnosed; weights are nowhere else
         loras = ROWS * MODEL.num_layers * config_lib.Config().hyper.rank * MODEL.width
-        assert max(size for size, _ in gathered) < loras and not any(sampling for _, sampling in gathered)
+        assert max(size for size, _ in brought) < loras and not any(sampling for _, sampling in brought)
     else:  # for each token that is sampled, a token of all rows is brought together, and no weights; of its gradients each device is given its part alone
-        assert max(size for size, sampling in gathered if sampling) == ROWS * MODEL.width
+        assert max(size for size, sampling in brought if sampling) == ROWS * MODEL.width
         assert sent["reduce-scatter"]["bytes"] > 0.5 * kernels / 4 > sent["all-reduce"]["bytes"]
 
 

@@ -1,11 +1,9 @@
 """The step is compiled for TPUs where there are none: their compiler comes with libtpu (`make tpu`)."""
 
-import math
 import re
 
-import numpy as np
 import pytest
-from steps import LENGTHS, MODEL, ROWS, setup_of
+from steps import LENGTHS, MODEL, ROWS, gathered, kernel_bytes, setup_of
 
 from experiments import compiled, plan, topology
 from metatuner_jax import config as config_lib
@@ -26,19 +24,14 @@ def test_the_step_compiles_for_tpus_and_fits(shape, train):
     flops = plan.step_flops(setup, LENGTHS)["all"] / 4
     assert all(cycles.values()) and 0.02 < flops / (131072 * sum(cycles.values())) < 1  # a v5e multiplies and adds 65,536 pairs a cycle
 
-    gathered = [
-        (np.prod([int(n) for n in dims.split(",")]), line.sampling)
-        for line in lines
-        for arrays in re.findall(r"= (.+) all-gather(?:-start)?\(", line.text)
-        for dims in re.findall(r"\w\[([\d,]+)\]", arrays)
-    ]
+    brought = gathered(lines)
     # The rows' LoRA are not brought together; nor, for each token that is sampled, are any weights: a token of all rows is, and what it is scored by.
     loras = ROWS * MODEL.num_layers * config_lib.Config().hyper.rank * MODEL.width
-    assert shape != (4, 1, 1) or max((size for size, _ in gathered), default=0) < loras
-    assert max((size for size, sampling in gathered if sampling), default=0) == (ROWS * MODEL.width if shape == (1, 4, 1) else 0)
+    assert shape != (4, 1, 1) or max((size for size, _ in brought), default=0) < loras
+    assert max((size for size, sampling in brought if sampling), default=0) == (ROWS * MODEL.width if shape == (1, 4, 1) else 0)
     # A product of many tokens is one product, summed in float32, and not many whose sums are rounded to bfloat16 one after the other.
     assert "windowed_dot_general" not in text
     # Of most gradients, each device is given the sum of its own part: the compiler does so where it likes the part's width. No table changes places.
-    kernels = 2 * sum(math.prod(config_lib.projection_widths(MODEL, name)) for name in config_lib.PROJECTIONS) * MODEL.num_layers
+    kernels = kernel_bytes()
     assert shape == (4, 1, 1) or sent["reduce-scatter"]["bytes"] > 0.5 * kernels / 4
     assert not re.search(rf"f32\[[\d,]*\b{MODEL.vocab_size // 4}\b[\d,]*\]\S* all-to-all\(", text)
