@@ -39,8 +39,7 @@ SHAPES = {
     "qwen2.5-1.5b": _qwen(num_layers=28, width=1536, ff_width=8960, num_heads=12),
     "qwen2.5-3b": _qwen(num_layers=36, width=2048, ff_width=11008, num_heads=16),
 }  # fmt: skip
-QUERY, PROMPT, PREFIX, ACTOR_QUERY, ANSWER = 119, 16, 3, 77, 24  # tokens
-ACTOR_TOKENS = PREFIX + PROMPT + ACTOR_QUERY + ANSWER - 1  # the answer's last token is predicted and not read
+QUERY, TEMPLATE, PREFIX, PROMPT, ANSWER = 77, 42, 3, 16, 24  # tokens; of a query where the command line does not say otherwise
 DECODE_ROWS, DECODE_PAST, DECODE_NEW = 32, 40, 64
 END = 2
 
@@ -57,6 +56,25 @@ class Work:
     params: Any  # what learns
     batch: dict  # of a step, numpy
 
+    @property
+    def rows(self) -> int:
+        return len(self.batch["query"])
+
+    @property
+    def read(self) -> int:
+        """Returns the tokens of a row that the generator reads: the query within its template."""
+        return self.batch["generator"].shape[1]
+
+    @property
+    def asked(self) -> int:
+        """Returns the tokens of a row that the actor reads before it answers."""
+        return PREFIX + PROMPT + self.batch["query"].shape[1]
+
+    @property
+    def answered(self) -> int:
+        """Returns the tokens of a row that the actor reads in training: the answer's last one is predicted and not read."""
+        return self.asked + ANSWER - 1
+
     def step(self):
         """Returns (train_step, state) at the first step of the joint phase; the state is the step's own, to be donated."""
         import jax
@@ -69,7 +87,7 @@ class Work:
         return train.make_train_step(loss, self.setup.config.train, phase, parts), state
 
 
-def make_work(model: str, dtype: str, batch_size: int, train: str = "lora") -> Work:
+def make_work(model: str, dtype: str, batch_size: int, train: str = "lora", query_tokens: int = QUERY) -> Work:
     """Returns the work of the joint method (MetaTuner-J) with a model that generates and answers.
 
     Args:
@@ -86,8 +104,8 @@ def make_work(model: str, dtype: str, batch_size: int, train: str = "lora") -> W
     else:
         shape, weights = pretrained.load(model, dtype)
     config = config_lib.make(
-        dtype=dtype, generator={"train": train, "max_prompt_tokens": PROMPT}, actor={"max_answer_tokens": ANSWER},
-        train={"batch_size": batch_size}, eval={"batch_size": DECODE_ROWS},
+        dtype=dtype, generator={"train": train, "max_prompt_tokens": PROMPT, "max_query_tokens": query_tokens + TEMPLATE},
+        actor={"max_answer_tokens": ANSWER}, train={"batch_size": batch_size}, eval={"batch_size": DECODE_ROWS},
     )  # fmt: skip
     setup = generator.Setup(config, shape, shape, END, tuple(range(3, 3 + PREFIX)))
     k, layers = setup.num_shared, weights["layers"]
@@ -99,7 +117,7 @@ def make_work(model: str, dtype: str, batch_size: int, train: str = "lora") -> W
     else:
         frozen = generator.Frozen(cut, cut, allowed)
         params = generator.init(setup, cut, jax.random.key(1))
-    return Work(setup, frozen, jax.jit(_no_zeros)(params, jax.random.key(2)), make_batch(shape.vocab_size, batch_size))
+    return Work(setup, frozen, jax.jit(_no_zeros)(params, jax.random.key(2)), make_batch(shape.vocab_size, batch_size, query_tokens))
 
 
 def _no_zeros(params, key):
@@ -110,13 +128,13 @@ def _no_zeros(params, key):
     return jax.tree.unflatten(tree, [leaf + 2e-3 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(leaves)])
 
 
-def make_batch(vocab_size: int, rows: int, seed: int = 0) -> dict:
+def make_batch(vocab_size: int, rows: int, query_tokens: int) -> dict:
     """Returns a batch of random tokens, as `data.batch_at` lays it out."""
     import numpy as np
 
-    rng = np.random.default_rng(seed)
-    lengths = {"generator": QUERY, "query": ACTOR_QUERY, "answer": ANSWER, "initial": PROMPT, "expert": PROMPT}
-    batch = {"own": np.ones((rows, QUERY), bool)}
+    rng = np.random.default_rng(0)
+    lengths = {"generator": query_tokens + TEMPLATE, "query": query_tokens, "answer": ANSWER, "initial": PROMPT, "expert": PROMPT}
+    batch = {"own": np.ones((rows, query_tokens + TEMPLATE), bool)}
     for name, length in lengths.items():
         batch[name] = rng.integers(END + 1, min(vocab_size, 40000), (rows, length), dtype=np.int32)
         batch[name + "_mask"] = np.ones((rows, length), bool)
@@ -183,7 +201,7 @@ def loras_of(work, shared=False):
 
     from metatuner_jax import generator
 
-    h = jax.random.normal(jax.random.key(2), (len(work.batch["query"]), work.setup.generator.width))
+    h = jax.random.normal(jax.random.key(2), (work.rows, work.setup.generator.width))
     loras = jax.jit(functools.partial(generator.adapt, work.setup))(work.params["hyper"], h)
     loras = jax.tree.map(lambda leaf: leaf + 1e-3, loras)
     return jax.tree.map(lambda leaf: leaf[:, 0], loras) if shared else loras
@@ -200,7 +218,7 @@ def _prefill(work):
         return decode.prefill(setup.actor, params, x, mask)
 
     rows = [work.batch[name] for name in ("expert", "expert_mask", "query", "query_mask")]
-    n, length = len(rows[0]), PREFIX + PROMPT + ACTOR_QUERY
+    n, length = work.rows, work.asked
     return _part(run, (actor_params, *rows), n * length, pass_flops(setup.actor, n, length, length, 0), weight_bytes(actor_params))
 
 
@@ -259,9 +277,9 @@ def _generator(packed):
             return of(segments) if packed else sum(of([segment]) for segment in segments)
 
         learning = {name: work.params[name] for name in ("embed", "shared", "prompt") if name in work.params}
-        n, copies = len(work.batch["query"]), 1 if packed else 2
-        read = QUERY * copies + 2 * (PROMPT - 1)
-        flops = (3 if setup.config.generator.train == "full" else 2) * pass_flops(model, n, read, QUERY, 2 * PROMPT)
+        n, copies = work.rows, 1 if packed else 2
+        read = work.read * copies + 2 * (PROMPT - 1)
+        flops = (3 if setup.config.generator.train == "full" else 2) * pass_flops(model, n, read, work.read, 2 * PROMPT)
         moved = 2 * copies * weight_bytes(work.frozen.generator)
         return _part(jax.value_and_grad(loss), (learning, work.frozen, work.batch), n * read, flops, moved)
 
@@ -274,7 +292,7 @@ def _hypernetwork(work):
 
     from metatuner_jax import generator
 
-    h = jax.random.normal(jax.random.key(2), (len(work.batch["query"]), work.setup.generator.width))
+    h = jax.random.normal(jax.random.key(2), (work.rows, work.setup.generator.width))
 
     def loss(hyper, h):
         return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(generator.adapt(work.setup, hyper, h)))
@@ -291,16 +309,16 @@ def _actor(backward=True, shared=False):
 
         from metatuner_jax import losses
 
-        setup, n = work.setup, len(work.batch["query"])
+        setup, n = work.setup, work.rows
 
         def loss(loras, frozen, batch):
             return losses.task_loss(setup, frozen, loras, batch, batch["expert"], batch["expert_mask"])
 
         times, loras = 2 if backward else 1, loras_of(work, shared)
-        flops = times * pass_flops(setup.actor, n, ACTOR_TOKENS, ACTOR_TOKENS, ANSWER)
+        flops = times * pass_flops(setup.actor, n, work.answered, work.answered, ANSWER)
         moved = times * (weight_bytes(work.frozen.actor) + weight_bytes(loras))
         function = jax.value_and_grad(loss) if backward else loss
-        return _part(function, (loras, work.frozen, work.batch), n * ACTOR_TOKENS, flops, moved)
+        return _part(function, (loras, work.frozen, work.batch), n * work.answered, flops, moved)
 
     return make
 
@@ -324,12 +342,12 @@ def _step(train="lora", prompt_gradient="none"):
             held[0], metrics = program(held[0], work.frozen, work.batch, key)
             return jax.block_until_ready(metrics)
 
-        model, n = work.setup.actor, len(work.batch["query"])
+        model, n, read = work.setup.actor, work.rows, work.read
         segments = 2 if prompt_gradient == "straight_through" else 1
-        flops = (3 if train == "full" else 2) * pass_flops(model, n, QUERY + segments * (PROMPT - 1), QUERY, segments * PROMPT)
-        flops += pass_flops(model, n, PROMPT - 1, QUERY, PROMPT) + 2 * pass_flops(model, n, ACTOR_TOKENS, ACTOR_TOKENS, ANSWER)
+        flops = (3 if train == "full" else 2) * pass_flops(model, n, read + segments * (PROMPT - 1), read, segments * PROMPT)
+        flops += pass_flops(model, n, PROMPT - 1, read, PROMPT) + 2 * pass_flops(model, n, work.answered, work.answered, ANSWER)
         flops += 6 * n * sum(leaf.size for leaf in jax.tree.leaves(work.params["hyper"]))
-        tokens = n * (QUERY + 2 * PROMPT + PREFIX + PROMPT + ACTOR_QUERY + ANSWER)
+        tokens = n * (read + 2 * PROMPT + work.asked + ANSWER)
         # Weights: for each token sampled, for what the prompt decoder's copy reads, forward and backward in both models.
         moved = (PROMPT - 1 + 1 + 2 + 2) * weight_bytes(work.frozen.actor) + 2 * weight_bytes(state)
         return Part(run, tokens, flops, moved, took, *sizes(program))
@@ -350,7 +368,7 @@ def _rollout(work):
 
     setup, copies = work.setup, 4
     names = [field.name for field in dataclasses.fields(data.Rows)][1:]
-    rows = data.Rows((), *(make_batch(setup.actor.vocab_size, 8)[name] for name in names))
+    rows = data.Rows((), *(make_batch(setup.actor.vocab_size, 8, work.batch["query"].shape[1])[name] for name in names))
     passes = Passes(setup, work.frozen, sharding.make_mesh(setup.config.mesh), 8 * copies, Progress(io.StringIO()))
     index = np.arange(8)
 
@@ -366,13 +384,13 @@ def _rollout(work):
         with Peak() as peak:
             run()
         took.append(time.perf_counter() - began)
-    n, model, length = 8 * copies, setup.actor, PREFIX + PROMPT + ACTOR_QUERY
-    flops = pass_flops(model, 8, QUERY, QUERY, 1) + PROMPT * pass_flops(model, n, 1, QUERY, 1)
+    n, model, length = 8 * copies, setup.actor, work.asked
+    flops = pass_flops(model, 8, work.read, work.read, 1) + PROMPT * pass_flops(model, n, 1, work.read, 1)
     flops += 2 * pass_flops(model, n, length, length, 1) + 2 * ANSWER * pass_flops(model, n, 1, length, 1)
-    loras = weight_bytes(jax.eval_shape(functools.partial(loras_of, work))) * n // len(work.batch["query"])
+    loras = weight_bytes(jax.eval_shape(functools.partial(loras_of, work))) * n // work.rows
     moved = (1 + PROMPT + 2 + ANSWER) * weight_bytes(work.frozen.actor) + (2 + ANSWER) * loras
     # Several programs: their memory is what the process is seen to hold more in a run.
-    return Part(run, n * (PROMPT + length + ANSWER) + 8 * QUERY, flops, moved, took[0] - took[1], peak.bytes, peak.bytes)
+    return Part(run, n * (PROMPT + length + ANSWER) + 8 * work.read, flops, moved, took[0] - took[1], peak.bytes, peak.bytes)
 
 
 def _part(function, args, tokens, flops, moved):
@@ -500,7 +518,8 @@ def _resident():
 
 def child(what: str, given, cache: str | None = None, **other) -> dict:
     """Returns what `python -m experiments.bench --child what` prints, with the settings of this process."""
-    arguments = [sys.executable, "-m", "experiments.bench", "--child", what, "--model", given.model, "--batch_size", str(given.batch_size)]
+    arguments = [sys.executable, "-m", "experiments.bench", "--child", what, "--model", given.model]
+    arguments += ["--batch_size", str(given.batch_size), "--query_tokens", str(given.query_tokens)]
     arguments += [f"--{name}={value}" for name, value in {"compile_torch": given.compile_torch, **other}.items() if value is not None]
     environment = {**os.environ, **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})}
     done = subprocess.run(arguments, check=False, capture_output=True, text=True, env=environment)
@@ -513,14 +532,14 @@ def in_child(given) -> dict:
     """Does what --child names: 'memory' or 'start' of our step, 'torch_memory' of torch's."""
     dtype, learns = given.dtypes[0], given.train
     if given.child == "torch_memory":
-        return {"bytes": reference(given).step_memory(given.model, dtype, given.batch_size, learns)}
+        return {"bytes": reference(given).step_memory(given.model, dtype, given.batch_size, learns, given.query_tokens)}
     began = time.perf_counter()
     import jax
 
     from metatuner_jax import train
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    work = make_work(given.model, dtype, given.batch_size, learns)
+    work = make_work(given.model, dtype, given.batch_size, learns, given.query_tokens)
     step, state = work.step()
     del work.params
     key, ready = jax.random.key(3), time.perf_counter()
@@ -591,7 +610,7 @@ def measure(given) -> dict:
 
 def measure_group(given, found: dict, dtype: str, names: list[str]) -> None:
     """Adds the parts of these names, in one type and of one kind of learning, and what is beside them in torch."""
-    work = make_work(given.model, dtype, given.batch_size, "full" if names == ["step_full"] else "lora")
+    work = make_work(given.model, dtype, given.batch_size, "full" if names == ["step_full"] else "lora", given.query_tokens)
     parts: dict[str, Part] = {}
 
     def runs():
@@ -684,6 +703,7 @@ def parse(arguments=None):
     parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="each is measured; ratios take the fastest of each side")
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--query_tokens", type=int, default=QUERY, help="tokens of each query; decoding always begins after 40")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part; before each, the part runs once uncounted")
     parser.add_argument("--against", choices=["torch"])
     parser.add_argument("--compile_torch", type=int, choices=[0, 1], help="whether torch compiles its models; by default on a GPU, which takes minutes")
@@ -700,17 +720,21 @@ def parse(arguments=None):
     missing = [name for name in ("torch", "peft") if given.against and importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"--against={given.against}: {' and '.join(missing)} not installed: pip install -e .[bench]")
-    if given.model not in SHAPES:
+    model = SHAPES.get(given.model)
+    if model is None:
         from metatuner_jax import pretrained
 
         try:
-            pretrained.load_config(given.model)
+            model = pretrained.load_config(given.model)
         except ValueError as error:
             parser.error(f"--model={given.model!r} cannot be used: {error}")
+    longest = model.max_positions - TEMPLATE - PROMPT
+    if given.query_tokens > longest:
+        parser.error(f"--query_tokens={given.query_tokens} is more than {given.model} has positions for, beside template and prompt: {longest} at most")
     for dtype in given.dtypes:
         if dtype not in ("float32", "bfloat16"):
             parser.error(f"--dtypes: {dtype!r} is neither float32 nor bfloat16")
-    for name in ("batch_size", "rounds"):
+    for name in ("batch_size", "query_tokens", "rounds"):
         if getattr(given, name) < 1:
             parser.error(f"--{name}={getattr(given, name)} must be at least 1")
     return given

@@ -336,12 +336,12 @@ def check_losses(work, reference) -> None:
         raise RuntimeError(f"the reference in torch does not compute the same step: losses {theirs}, ours {found}")
 
 
-def step_memory(model: str, dtype: str, batch_size: int, train: str) -> int:
+def step_memory(model: str, dtype: str, batch_size: int, train: str, query_tokens: int) -> int:
     """Returns how many bytes more than just before its first step the process holds at most in two steps.
 
     The optimizer's moments, which torch makes in the first step, are made before, as ours are.
     """
-    work = bench.make_work(model, dtype, batch_size, train)
+    work = bench.make_work(model, dtype, batch_size, train, query_tokens)
     reference = Reference(work)
     del work.params, work.frozen
     for leaf in reference.learning:

@@ -23,8 +23,8 @@ import jax
 from experiments import compiled
 from experiments import run as run_lib
 from experiments import topology as topology_lib
+from metatuner_jax import attention, data, decode, files, generator, methods, networks, pretrained, product, sharding, transformer
 from metatuner_jax import config as config_lib
-from metatuner_jax import data, decode, files, generator, methods, networks, pretrained, product, sharding, transformer
 from metatuner_jax import job as job_lib
 from metatuner_jax import memory as memory_lib
 from metatuner_jax.config import ModelConfig, projection_widths
@@ -252,7 +252,8 @@ class Share:
             found += d + q + 2 * self.kv + 2 * self.ff + (d if self.model.post_norms else 0)
         if remat == "none":  # norms, the gate's parts and the weights of attention, in float32 and as they go on
             found += 2 * d + self.ff if self.itemsize < MASTER else 0
-            return tokens * (found * self.itemsize + 4 * (2 * d + 3 * self.ff) + seen * self.heads * (4 + self.itemsize))
+            weights = seen * self.heads * (4 + self.itemsize) if attention.at_once(tokens) == tokens else 0
+            return tokens * (found * self.itemsize + 4 * (2 * d + 3 * self.ff) + weights)
         return tokens * found * self.itemsize
 
     def cache(self, tokens: int) -> int:
@@ -261,7 +262,7 @@ class Share:
 
     def at_work(self, tokens: int, seen: int) -> int:
         """Returns the bytes of a row that a layer takes while it is computed: scores and weights of attention, the gate's parts."""
-        return tokens * (self.heads * seen * (4 + self.itemsize) + 3 * self.ff * 4)
+        return attention.at_once(tokens) * self.heads * seen * (4 + self.itemsize) + tokens * 3 * self.ff * 4
 
     def head(self, mesh) -> int:
         """Returns the bytes of the head, or of the embedding in its place, where it is brought together: else its words stay where they are."""

@@ -9,7 +9,7 @@ import os
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "checkpoint", "config", "data", "decode", "evaluate", "generator", "int8", "job", "lora", "losses", "memory", "methods", "metrics", "networks", "plots",
+    "attention", "checkpoint", "config", "data", "decode", "evaluate", "generator", "int8", "job", "lora", "losses", "memory", "methods", "metrics", "networks", "plots",
     "pretrained", "report", "rollout", "search", "sharding", "tasks", "train", "transformer", "tuner",
 )  # fmt: skip
 _NAMES = ("Answer", "Tuner")  # of `tuner`

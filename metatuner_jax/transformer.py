@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from metatuner_jax import lora as lora_lib
 from metatuner_jax import product, sharding
+from metatuner_jax.attention import attention, capped
 from metatuner_jax.config import ModelConfig, projection_widths
 
 
@@ -176,11 +177,6 @@ def normalise(config: ModelConfig, x: Float[Array, "*b d"], scale: Float[Array, 
     return rms_normalise(x, config.norm_eps) * (scale + config.norm_offset if config.norm_offset else scale)
 
 
-def capped(x, cap: float | None):
-    """Returns cap * tanh(x / cap), or x where there is no cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 def rotary(config: ModelConfig, positions: Int[Array, "b t"], sliding: bool = False):
     """Returns cosine and sine of the rotary angles, float32 [b, t, h / 2], of the layers that slide where they have their own.
 
@@ -206,22 +202,6 @@ def rotate(x: Float[Array, "b n t h"], context: Context) -> Float[Array, "b n t 
     cos, sin = context.cos[:, None], context.sin[:, None]
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
-def attention(
-    config: ModelConfig, q: Float[Array, "b n t h"], k: Float[Array, "b m s h"], v: Float[Array, "b m s h"], attend: Bool[Array, "b t s"]
-):
-    """Returns softmax(q k / sqrt(h)) v, [b, n, t, h]; the n query heads share the m KV heads in groups.
-
-    A token that may look at nothing (padding) gets the mean of all values: finite, and nobody looks at it.
-    """
-    b, n, t, h = q.shape
-    m = k.shape[1]
-    q = q.reshape(b, m, n // m, t, h)
-    scores = product.einsum("bmgth,bmsh->bmgts", q, k, jnp.float32) * (config.query_scale or h) ** -0.5
-    scores = jnp.where(attend[:, None, None], capped(scores, config.attention_cap), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return product.einsum("bmgts,bmsh->bmgth", weights, v).reshape(b, n, t, h)
 
 
 # --- whole passes ---

@@ -102,6 +102,8 @@ def test_a_second_process_takes_the_step_from_the_first_ones_cache_which_holds_n
         (["--dtypes", "float16"], "--dtypes: 'float16' is neither float32 nor bfloat16"),
         (["--model", "nowhere/at/all"], "--model='nowhere/at/all' cannot be used"),
         (["--rounds", "0"], "--rounds=0 must be at least 1"),
+        (["--query_tokens", "0"], "--query_tokens=0 must be at least 1"),
+        (["--model", "smollm2-135m", "--query_tokens", "9000"], "--query_tokens=9000 is more than smollm2-135m has positions for, beside template and prompt: 8134 at most"),
     ],
 )
 def test_mistakes_end_with_one_line(arguments, text, tmp_path, capsys):

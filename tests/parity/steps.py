@@ -8,7 +8,7 @@ from metatuner_jax import config as config_lib
 from metatuner_jax import data, generator, methods
 
 MODEL, ROWS = bench.SHAPES["smollm2-135m"], 64
-LENGTHS = data.Lengths(bench.QUERY, bench.ACTOR_QUERY, bench.ANSWER)
+LENGTHS = data.Lengths(bench.QUERY + bench.TEMPLATE, bench.QUERY, bench.ANSWER)
 
 
 def setup_of(train: str) -> generator.Setup:
